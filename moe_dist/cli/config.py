@@ -1,0 +1,110 @@
+"""`moe-dist config`: what a config means, without starting anything."""
+
+from collections.abc import Sequence
+from typing import TypeVar
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from moe_dist.cli.arguments import ConfigFile, Overrides, Ranks
+from moe_dist.config import Config, Layout, dump_config, layout_dependence, layout_of, load_config
+from moe_dist.config.layout import owner_of_expert
+from moe_dist.config.size import size_of
+from moe_dist.config.support import ENGINES, IMPLEMENTED, SUPPORT
+
+T = TypeVar("T")
+
+MOST_ROWS = 16
+"""Rows, groups or runs of numbers up to which all are shown."""
+
+
+def config(config: ConfigFile, overrides: Overrides = None, ranks: Ranks = None) -> None:
+    """Print the resolved configuration, the layout of ranks it means, and what of it depends on the layout."""
+    resolved = load_config(config, overrides, ranks)
+    layout = layout_of(resolved, ranks)
+    console = Console()
+    console.print(dump_config(resolved), markup=False, soft_wrap=True)
+    for table in (_layout(resolved, layout), _experts(resolved, layout), _parameters(resolved), _support()):
+        console.print(table)
+    console.print(*_dependence(resolved, layout), sep="\n", markup=False, soft_wrap=True)
+
+
+def _layout(config: Config, layout: Layout) -> Table:
+    table = _table(f"Layout of {layout.num_ranks} ranks", "", "ranks", "groups of ranks")
+    table.add_row("data parallel", str(layout.data), _groups([list(range(layout.data))]))
+    table.add_row("expert parallel", str(layout.expert), _groups(layout.expert_groups()))
+    table.add_row("expert data parallel", str(layout.expert_data), _groups(layout.expert_data_groups()))
+    table.caption = (
+        f"{config.training.global_batch_size} sequences a step = {layout.data} data-parallel ranks "
+        f"x micro-batch {layout.micro_batch_size} x {layout.accumulation_steps} accumulation steps"
+    )
+    return table
+
+
+def _experts(config: Config, layout: Layout) -> Table:
+    table = _table("Owners of the experts", "expert-parallel rank", "ranks", "experts")
+    owners, groups = owner_of_expert(config), layout.expert_data_groups()
+    for place in _abbreviated(range(layout.expert)):
+        if place is None:
+            table.add_row("...", "...", "...")
+        else:
+            experts = [expert for expert, owner in enumerate(owners) if owner == place]
+            table.add_row(str(place), _numbers(groups[place]), _numbers(experts))
+    return table
+
+
+def _parameters(config: Config) -> Table:
+    size = size_of(config)
+    table = _table("Parameters", "", "total", "used by one token")
+    for name, total, active in (
+        ("routed experts", size.experts, size.active_experts),
+        ("everything else", size.rest, size.rest),
+        ("all", size.experts + size.rest, size.active_experts + size.rest),
+    ):
+        table.add_row(name, f"{total:,}", f"{active:,}")
+    return table
+
+
+def _support() -> Table:
+    headings = [engine if engine in IMPLEMENTED else f"{engine} (not built yet)" for engine in ENGINES]
+    table = _table("Above 1 with engine.name", "", *headings)
+    for key, reasons in SUPPORT.items():
+        table.add_row(key, *("no" if reasons[engine] else "yes" for engine in ENGINES))
+    return table
+
+
+def _dependence(config: Config, layout: Layout) -> list[str]:
+    notes = layout_dependence(config, layout)
+    if not notes:
+        return ["What depends on the layout: nothing"]
+    return ["What depends on the layout:", *(f"  {note}" for note in notes)]
+
+
+def _table(title: str, *headings: str) -> Table:
+    table = Table(title=title, title_justify="left", caption_justify="left", box=box.SIMPLE_HEAD)
+    for heading in headings:
+        table.add_column(heading)
+    return table
+
+
+def _groups(groups: list[list[int]]) -> str:
+    """`[0-3] [4-7] ... [60-63]`."""
+    return " ".join("..." if group is None else f"[{_numbers(group)}]" for group in _abbreviated(groups))
+
+
+def _numbers(numbers: list[int]) -> str:
+    """`0-3, 7`: rising numbers, with runs of them drawn together."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    words = [f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs]
+    return ", ".join(word or "..." for word in _abbreviated(words))
+
+
+def _abbreviated(items: Sequence[T]) -> list[T | None]:
+    """All items if they are few; otherwise the first two, None and the last."""
+    return [*items] if len(items) <= MOST_ROWS else [*items[:2], None, items[-1]]

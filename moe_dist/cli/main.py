@@ -1,0 +1,89 @@
+"""The command `moe-dist`.
+
+Commands import what is heavy (torch) when they run, so that a wrong config or option is told at once.
+"""
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from moe_dist.cli import config as config_command
+from moe_dist.cli.arguments import ConfigFile, Overrides, Ranks
+from moe_dist.config import ConfigError, load_config
+
+LocalRank = Annotated[
+    int | None,
+    typer.Option("--local_rank", "--local-rank", hidden=True, help="Added by launchers; LOCAL_RANK says the same."),
+]
+
+
+class Commands(TyperGroup):
+    """Tells every mistake of a user in one message on stderr, and ends with exit code 2."""
+
+    def main(self, *args: Any, **kwargs: Any) -> Any:
+        """Run a command and exit."""
+        try:
+            code = super().main(*args, **{**kwargs, "standalone_mode": False})
+        except ConfigError as error:
+            _fail(str(error))
+        except typer.TyperException as error:
+            _fail(f"{error.format_message()} See moe-dist --help")
+        sys.exit(code)
+
+
+def _fail(message: str) -> None:
+    lines = message.splitlines()
+    separator = " " if len(lines) == 1 else "\n  "
+    print(f"moe-dist: error:{separator}{separator.join(lines)}", file=sys.stderr)
+    sys.exit(2)
+
+
+app = typer.Typer(cls=Commands, add_completion=False, pretty_exceptions_enable=False)
+app.command("config")(config_command.config)
+
+
+@app.callback(invoke_without_command=True)
+def moe_dist(context: typer.Context, local_rank: LocalRank = None) -> None:
+    """Train mixture-of-experts language models across expert-parallel ranks."""
+    if context.invoked_subcommand is None:
+        print(context.get_help())
+
+
+@app.command()
+def train(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    ranks: Ranks = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", metavar="DIR", help="Where the results go. Default: a new one in runs/.")
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in DIR.")] = False,
+    local_rank: LocalRank = None,
+) -> None:
+    """Train the model of CONFIG: as a worker under torchrun or deepspeed, otherwise on N ranks of this machine."""
+    overrides = overrides or []
+    ranks = _num_ranks(ranks)
+    load_config(config, overrides, ranks)
+    from moe_dist.cli.train import train as run  # imports torch
+
+    run(config, overrides, ranks, output, resume)
+
+
+def _num_ranks(ranks: int | None) -> int | None:
+    """In a worker the number of ranks that its launcher started, otherwise --ranks."""
+    if "RANK" not in os.environ:
+        return ranks
+    started = os.environ.get("WORLD_SIZE", "")
+    if not started.isdecimal():
+        raise ConfigError(
+            f"WORLD_SIZE: {started!r} is not valid; RANK is set, so it should be the number of ranks of the launcher"
+        )
+    if ranks not in (None, int(started)):
+        raise ConfigError(
+            f"--ranks: {ranks} is not valid; the launcher started {started} ranks (WORLD_SIZE), so leave it out"
+        )
+    return int(started)

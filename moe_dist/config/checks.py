@@ -1,0 +1,246 @@
+"""Checks that look at more than one key. They run before any process starts."""
+
+from collections.abc import Iterator
+from functools import reduce
+from pathlib import Path
+from typing import Any
+
+from moe_dist.config.errors import ConfigError, show
+from moe_dist.config.layout import Layout, fewest_ranks, layout_of, moe_layers
+from moe_dist.config.schema import Config, DataConfig, SequenceGroup
+from moe_dist.config.support import ENGINES, IMPLEMENTED, SUPPORT, engines_offering
+
+BYTE_VOCABULARY = 257
+"""256 bytes and the document boundary."""
+
+
+def check(config: Config, num_ranks: int | None = None) -> None:
+    """Raise ConfigError with every problem found, one a line."""
+    parts = (_engine, _model, _routing, _data, _training, _without_effect)
+    problems = [problem for part in parts for problem in part(config)]
+    problems = problems or list(_ranks(config, num_ranks))  # the arithmetic of ranks presumes that the rest is right
+    if problems:
+        raise ConfigError("\n".join(problems))
+
+
+def _engine(config: Config) -> Iterator[str]:
+    engine = config.engine.name
+    if engine not in IMPLEMENTED:
+        have = ", ".join(name for name in ENGINES if name in IMPLEMENTED)
+        yield f"engine.name: {engine!r} is not built in this version; use {have}"
+        return
+    for key, reasons in SUPPORT.items():
+        value = _value(config.model_dump(), key)
+        if value > 1 and reasons[engine]:
+            others = " or ".join(f"engine.name: {name}" for name in engines_offering(key))
+            yield f"{key}: {value} is not offered by engine.name: {engine} ({reasons[engine]}); use 1, or {others}"
+
+
+def _model(config: Config) -> Iterator[str]:
+    model = config.model
+    kv_heads = model.num_kv_heads or model.num_heads
+    if model.num_heads % kv_heads:
+        yield f"model.num_kv_heads: {kv_heads} does not divide model.num_heads = {model.num_heads}"
+    if model.head_size is None and model.hidden_size % model.num_heads:
+        yield (
+            f"model.num_heads: {model.num_heads} does not divide model.hidden_size = {model.hidden_size}; "
+            "choose a divisor, or set model.head_size"
+        )
+    elif (head_size := model.head_size or model.hidden_size // model.num_heads) % 2:
+        origin = "" if model.head_size else " (model.hidden_size / model.num_heads)"
+        yield (
+            f"model.head_size: {head_size}{origin} is odd; it must be even, "
+            "because rotary position embedding turns pairs of values"
+        )
+    layers = model.activation_checkpointing
+    if isinstance(layers, list) and (wrong := [i for i in layers if i >= model.num_layers]):
+        yield (
+            f"model.activation_checkpointing: there is no layer {wrong[0]}; "
+            f"with model.num_layers = {model.num_layers} the last is {model.num_layers - 1}"
+        )
+    if not moe_layers(config):
+        yield (
+            f"model.num_dense_layers: {model.num_dense_layers} leaves no MoE layer; "
+            f"it must be less than model.num_layers = {model.num_layers}"
+        )
+
+
+def _routing(config: Config) -> Iterator[str]:
+    routing, num_experts = config.routing, config.moe.num_experts
+    if routing.top_k > num_experts:
+        yield f"routing.top_k: {routing.top_k} is more than moe.num_experts = {num_experts}; use at most that"
+    if routing.top_k == 1 and routing.score == "softmax_top_k":
+        yield "routing.score: softmax_top_k with routing.top_k = 1 gives a constant weight and no gradient; use softmax"
+    elif routing.top_k == 1 and routing.renormalise:
+        yield "routing.renormalise: true with routing.top_k = 1 gives a constant weight and no gradient; use false"
+    elif routing.renormalise and routing.score == "softmax_top_k":
+        yield "routing.renormalise: true has no effect with routing.score: softmax_top_k, which sums to 1; use false"
+    bias = routing.bias
+    if bias.rule != "none" and bias.final_rate is not None and bias.final_rate > bias.rate:
+        yield f"routing.bias.final_rate: {bias.final_rate} is above routing.bias.rate = {bias.rate}; use at most that"
+    if routing.capacity and routing.top_k <= num_experts:
+        yield from _capacity(config)
+
+
+def _capacity(config: Config) -> Iterator[str]:
+    routing, capacity = config.routing, config.routing.capacity
+    assert capacity is not None
+    most = config.moe.num_experts / routing.top_k
+    if capacity.factor > most:
+        yield (
+            f"routing.capacity.factor: {capacity.factor} is above moe.num_experts / routing.top_k = {most:g}, "
+            "where an expert has room for every token; use at most that, or routing.capacity: null"
+        )
+    if routing.group == "global":
+        yield "routing.group: 'global' is not offered for routing.capacity; use {sequences: n} or rank"
+    if capacity.renormalise and routing.top_k == 1:
+        yield (
+            "routing.capacity.renormalise: true has no effect with routing.top_k = 1, "
+            "where a dropped token has no other expert; use false"
+        )
+
+
+def _data(config: Config) -> Iterator[str]:
+    data, vocab_size = config.data, config.model.vocab_size
+    if vocab_size is not None and vocab_size < BYTE_VOCABULARY:
+        yield f"model.vocab_size: {vocab_size} is too small for bytes; use at least {BYTE_VOCABULARY}, or leave it out"
+    if data.source == "files":
+        yield from _paths(data)
+
+
+def _paths(data: DataConfig) -> Iterator[str]:
+    if not data.paths:
+        yield "data.paths: is empty; name at least one file or folder for data.source: files"
+    for name in data.paths:
+        path = Path(name)
+        if not path.exists():
+            yield f"data.paths: there is no file or folder {name!r} in {str(Path.cwd())!r}"
+        elif path.is_dir() and not any(file.name.endswith(tuple(data.suffixes)) for file in path.rglob("*")):
+            yield f"data.paths: {name!r} holds no file whose name ends as data.suffixes = {show(data.suffixes)} say"
+
+
+def _training(config: Config) -> Iterator[str]:
+    training, evaluation = config.training, config.training.evaluation
+    warmup = training.schedule.warmup_steps
+    if warmup > training.steps:
+        yield f"training.schedule.warmup_steps: {warmup} is above training.steps = {training.steps}; use at most that"
+    if evaluation.interval and not config.data.holdout_fraction:
+        yield (
+            f"training.evaluation.interval: {evaluation.interval} needs held-out files; "
+            "set data.holdout_fraction above 0, or use null"
+        )
+    if evaluation.interval and evaluation.tokens < training.sequence_length:
+        yield (
+            f"training.evaluation.tokens: {evaluation.tokens} is less than one sequence; "
+            f"use at least training.sequence_length = {training.sequence_length}"
+        )
+    if training.precision == "float64" and config.moe.backend == "grouped_mm":
+        yield "moe.backend: grouped_mm does not compute in training.precision: float64; use auto, cpu or loop"
+
+
+def _without_effect(config: Config) -> Iterator[str]:
+    """Keys that were changed from their default although nothing acts on them."""
+    optimizer, schedule = config.training.optimizer.name, config.training.schedule.name
+    no_dense_layers = len(moe_layers(config)) == config.model.num_layers
+    idle = [
+        ("model.num_dense_layers: 0", no_dense_layers, ["model.ffn_size"]),
+        ("moe.num_shared_experts: 0", not config.moe.num_shared_experts, ["moe.shared_gate"]),
+        ("routing.capacity: null", config.routing.capacity is None, ["routing.group"]),
+        (
+            "routing.bias.rule: none",
+            config.routing.bias.rule == "none",
+            ["routing.bias.rate", "routing.bias.final_rate"],
+        ),
+        (
+            "routing.losses.load_balance.coefficient: 0",
+            not config.routing.losses.load_balance.coefficient,
+            ["routing.losses.load_balance.scope"],
+        ),
+        ("data.source: stdlib", config.data.source == "stdlib", ["data.paths", "data.suffixes"]),
+        ("training.optimizer.name: adamw", optimizer == "adamw", ["training.optimizer.momentum"]),
+        (
+            "training.optimizer.name: sgd",
+            optimizer == "sgd",
+            ["training.optimizer.betas", "training.optimizer.epsilon"],
+        ),
+        ("training.schedule.name: constant", schedule == "constant", ["training.schedule.final_fraction"]),
+        ("training.evaluation.interval: null", not config.training.evaluation.interval, ["training.evaluation.tokens"]),
+    ]
+    values, defaults = config.model_dump(mode="json"), Config().model_dump(mode="json")
+    for cause, holds, keys in idle:
+        for key in keys:
+            value, default = _value(values, key), _value(defaults, key)
+            if holds and value != default:
+                other, _, _ = cause.partition(":")
+                yield (
+                    f"{key}: {show(value)} has no effect with {cause}; "
+                    f"leave it out ({show(default)} is the default), or change {other}"
+                )
+
+
+def _value(tree: dict[str, Any], key: str) -> Any:
+    return reduce(dict.__getitem__, key.split("."), tree)
+
+
+def _ranks(config: Config, num_ranks: int | None) -> Iterator[str]:
+    fewest = fewest_ranks(config)
+    num_ranks = fewest if num_ranks is None else num_ranks
+    if num_ranks < 1 or num_ranks % fewest:
+        names = ("expert", "expert_tensor", "tensor", "pipeline")
+        sizes = [f"parallel.{name} = {size}" for name in names if (size := getattr(config.parallel, name)) > 1]
+        reason = f", because of {' and '.join(sizes)}" if sizes else ""
+        yield f"--ranks: {num_ranks} is not valid; it should be {fewest} or a multiple of it{reason}"
+        return
+    problems = [*_expert_map(config), *_batch(config, num_ranks)]
+    yield from problems or _widths(config, layout_of(config, num_ranks))
+
+
+def _expert_map(config: Config) -> Iterator[str]:
+    num_experts, ranks, owners = config.moe.num_experts, config.parallel.expert, config.parallel.expert_map
+    if owners is None:
+        if num_experts % ranks:
+            yield (
+                f"parallel.expert: {ranks} does not divide moe.num_experts = {num_experts}; "
+                "use a divisor, or give parallel.expert_map"
+            )
+    elif len(owners) != num_experts:
+        yield f"parallel.expert_map: has {len(owners)} entries; it needs one rank for each of {num_experts} experts"
+    elif set(owners) != set(range(ranks)):
+        yield (
+            f"parallel.expert_map: has the ranks {', '.join(map(str, sorted(set(owners))))}; with "
+            f"parallel.expert = {ranks} it must use each of the ranks 0 to {ranks - 1} and no other"
+        )
+
+
+def _batch(config: Config, num_ranks: int) -> Iterator[str]:
+    training, group = config.training, config.routing.group
+    data = num_ranks // (config.parallel.tensor * config.parallel.pipeline)
+    share, rest = divmod(training.global_batch_size, data)
+    micro_batch_size = training.micro_batch_size or share
+    if rest:
+        yield (
+            f"training.global_batch_size: {training.global_batch_size} is not a multiple of "
+            f"the {data} data-parallel ranks; use {data * (share + 1)} or another multiple"
+        )
+    elif share % micro_batch_size:
+        yield (
+            f"training.micro_batch_size: {micro_batch_size} does not divide {share}, the sequences that each of "
+            f"{data} data-parallel ranks has of training.global_batch_size = {training.global_batch_size}"
+        )
+    elif isinstance(group, SequenceGroup) and micro_batch_size % group.sequences:
+        yield (
+            f"routing.group.sequences: {group.sequences} does not divide the micro-batch of "
+            f"{micro_batch_size} sequences that each rank holds; use a divisor, or rank"
+        )
+
+
+def _widths(config: Config, layout: Layout) -> Iterator[str]:
+    if config.engine.sharding != "full":
+        return
+    for key in ("model.hidden_size", "moe.ffn_size"):
+        width = _value(config.model_dump(), key)
+        if width % layout.expert_data:
+            yield (
+                f"{key}: {width} is not a multiple of the {layout.expert_data} ranks over which "
+                "engine.sharding: full spreads each expert; change it, or use engine.sharding: replicate"
+            )

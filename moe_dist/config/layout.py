@@ -1,0 +1,85 @@
+"""The layout of ranks that a config means: pure arithmetic, shared by the checks, `moe-dist config` and the process groups."""
+
+from dataclasses import dataclass
+
+from moe_dist.config.schema import Config, SequenceGroup
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Sizes of the parallel dimensions of a run.
+
+    Expert parallelism folds over the data ranks: consecutive data ranks form an expert-parallel group (each holds other
+    experts and other tokens), and the ranks of equal place in these groups form an expert-data group (the same experts).
+    """
+
+    num_ranks: int
+    data: int
+    expert: int
+    expert_data: int
+    micro_batch_size: int
+    accumulation_steps: int
+
+    def expert_groups(self) -> list[list[int]]:
+        """Ranks of each expert-parallel group."""
+        return [list(range(start, start + self.expert)) for start in range(0, self.data, self.expert)]
+
+    def expert_data_groups(self) -> list[list[int]]:
+        """Ranks of each group that holds the same experts."""
+        return [list(range(place, self.data, self.expert)) for place in range(self.expert)]
+
+
+def fewest_ranks(config: Config) -> int:
+    """The smallest number of ranks that the `parallel` section allows."""
+    parallel = config.parallel
+    return max(parallel.expert * parallel.expert_tensor, parallel.tensor) * parallel.pipeline
+
+
+def layout_of(config: Config, num_ranks: int | None = None) -> Layout:
+    """The layout of a config that has passed the checks."""
+    num_ranks = num_ranks or fewest_ranks(config)
+    parallel, training = config.parallel, config.training
+    data = num_ranks // (parallel.tensor * parallel.pipeline)
+    micro_batch_size = training.micro_batch_size or training.global_batch_size // data
+    return Layout(
+        num_ranks=num_ranks,
+        data=data,
+        expert=parallel.expert,
+        expert_data=data // (parallel.expert * parallel.expert_tensor),
+        micro_batch_size=micro_batch_size,
+        accumulation_steps=training.global_batch_size // (data * micro_batch_size),
+    )
+
+
+def owner_of_expert(config: Config) -> list[int]:
+    """For each expert its expert-parallel rank: parallel.expert_map, or contiguous equal blocks."""
+    per_rank = config.moe.num_experts // config.parallel.expert
+    return config.parallel.expert_map or [e // per_rank for e in range(config.moe.num_experts)]
+
+
+def moe_layers(config: Config) -> list[int]:
+    """Numbers of the layers that are MoE layers."""
+    model = config.model
+    first = model.num_dense_layers
+    return [i for i in range(first, model.num_layers) if (i - first) % model.moe_every == 0]
+
+
+def layout_dependence(config: Config, layout: Layout) -> list[str]:
+    """What of this run depends, by its nature, on the layout of ranks; empty if nothing does."""
+    notes = []
+    if config.routing.capacity and config.routing.group == "rank":
+        notes.append("routing.group: rank (capacity is taken over what one rank holds in one forward)")
+    loss = config.routing.losses.load_balance
+    if loss.coefficient and loss.scope == "micro_batch":
+        notes.append("routing.losses.load_balance.scope: micro_batch (loads of one rank's forward)")
+    if loss.coefficient and loss.scope == "global_batch" and layout.accumulation_steps > 1:
+        notes.append(
+            "routing.losses.load_balance.scope: global_batch with accumulation (early micro-batches see partial loads)"
+        )
+    return notes
+
+
+def group_sequences(config: Config) -> int | None:
+    """Sequences of a routing group, None for the whole micro-batch of a rank."""
+    group = config.routing.group
+    return group.sequences if isinstance(group, SequenceGroup) else None

@@ -1,0 +1,280 @@
+"""What a run is. Every key of a YAML config is a field below, and its docstring is its documentation.
+
+This package imports no torch, so that a wrong config is reported in well under a second.
+"""
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+PositiveInt = Annotated[int, Field(gt=0, strict=True)]
+NonNegativeInt = Annotated[int, Field(ge=0, strict=True)]
+PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Switch = Annotated[bool, Field(strict=True)]
+
+
+class Section(BaseModel):
+    """Base of all sections: unknown keys are refused, values cannot change after loading."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+class ModelConfig(Section):
+    """A decoder-only transformer: RMSNorm, RoPE, grouped-query attention, SwiGLU."""
+
+    hidden_size: PositiveInt = 256
+    """Width of the residual stream."""
+    num_layers: PositiveInt = 4
+    """Transformer layers, dense and MoE together."""
+    num_heads: PositiveInt = 4
+    """Query heads."""
+    num_kv_heads: PositiveInt | None = None
+    """Key and value heads; must divide num_heads. Default: num_heads."""
+    head_size: PositiveInt | None = None
+    """Width of one head, even. Default: hidden_size / num_heads."""
+    ffn_size: PositiveInt = 704
+    """Width of the feed-forward part of the dense layers."""
+    num_dense_layers: NonNegativeInt = 0
+    """The first layers that are dense whatever moe_every says."""
+    moe_every: PositiveInt = 1
+    """After the dense layers, every n-th layer is an MoE layer (1: all of them)."""
+    vocab_size: PositiveInt | None = None
+    """Rows of the embedding. Default: what the data needs (257 for bytes)."""
+    qk_norm: Literal["none", "head", "width"] = "none"
+    """RMSNorm of queries and keys: per head (Qwen3), over the whole width (OLMoE), or none."""
+    rope_theta: PositiveFloat = 10000.0
+    """Base of the rotary position embedding."""
+    norm_epsilon: PositiveFloat = 1e-6
+    """Epsilon of every RMSNorm."""
+    tie_embeddings: Switch = True
+    """Use the input embedding as output projection."""
+    init_std: PositiveFloat = 0.02
+    """Standard deviation of the normal initialisation; output projections use init_std / sqrt(2 num_layers)."""
+    activation_checkpointing: Literal["none", "all"] | list[NonNegativeInt] = "none"
+    """Layers whose activations are recomputed in backward: none, all, or a list of layer numbers."""
+    compile: Switch = False
+    """Run the attention and dense parts of every layer through torch.compile."""
+
+
+class MoEConfig(Section):
+    """The routed experts and the shared expert of every MoE layer."""
+
+    num_experts: Annotated[int, Field(gt=0, le=32767, strict=True)] = 8
+    """Routed experts of a layer, over all ranks."""
+    ffn_size: PositiveInt = 704
+    """FFN width of one routed expert."""
+    activation: Literal["swiglu", "gelu"] = "swiglu"
+    """swiglu: (silu(x Wg) * x Wu) Wd. gelu: gelu(x Wu) Wd."""
+    num_shared_experts: NonNegativeInt = 0
+    """Experts that every token uses, computed as one FFN of this many times ffn_size."""
+    shared_gate: Switch = False
+    """Multiply the shared experts' output by sigmoid(x w), as Qwen2-MoE does."""
+    backend: Literal["auto", "loop", "cpu", "grouped_mm"] = "auto"
+    """How experts are computed. loop: plain reference; cpu: per-expert GEMMs into reused buffers;
+    grouped_mm: torch.nn.functional.grouped_mm; auto: cpu on CPUs, grouped_mm on GPUs."""
+
+
+class SequenceGroup(Section):
+    """Routing groups of n consecutive sequences of the global batch."""
+
+    sequences: PositiveInt = 1
+    """Sequences in a group; must divide training.micro_batch_size."""
+
+
+class BiasConfig(Section):
+    """Loss-free balancing: a bias per expert, added to the scores for selection only."""
+
+    rule: Literal["none", "sign"] = "none"
+    """sign: after each step, bias += rate * sign(mean load - load), centred (arXiv 2408.15664, Algorithm 1)."""
+    rate: PositiveFloat = 1e-3
+    """Size of one update, in units of the scores."""
+    final_rate: NonNegativeFloat | None = None
+    """The rate falls linearly to this value over training.steps. Default: it stays."""
+
+
+class LoadBalanceLossConfig(Section):
+    """The Switch load-balance loss, normalised so that uniform routing gives exactly the coefficient."""
+
+    coefficient: NonNegativeFloat = 0.0
+    """0 switches it off."""
+    scope: Literal["micro_batch", "sequence", "global_batch"] = "sequence"
+    """Over which tokens loads are counted. micro_batch: those of this rank's forward; sequence: each sequence on its own;
+    global_batch: all ranks, summed over the accumulation steps so far (arXiv 2501.11873)."""
+
+
+class ZLossConfig(Section):
+    """Router z-loss: coefficient * mean(logsumexp(logits)^2) (arXiv 2202.08906)."""
+
+    coefficient: NonNegativeFloat = 0.0
+    """0 switches it off."""
+
+
+class LossesConfig(Section):
+    """Auxiliary losses of the router."""
+
+    load_balance: LoadBalanceLossConfig = LoadBalanceLossConfig()
+    z: ZLossConfig = ZLossConfig()
+
+
+class CapacityConfig(Section):
+    """A limit on the pairs an expert takes from one routing group: ceil(factor * k * tokens / experts). Training only."""
+
+    factor: PositiveFloat
+    """Room over the balanced load; 1.0 is exactly the balanced load."""
+    policy: Literal["position", "weight"] = "position"
+    """Which pairs stay when an expert is full: the earliest (causal), or those of highest weight (looks ahead)."""
+    renormalise: Switch = False
+    """Scale the weights of a token's kept pairs up to the sum they had before dropping."""
+    pad: Switch = False
+    """Send exactly the capacity to every expert, padded by empty rows: static shapes, no exchange of counts."""
+
+
+class RoutingConfig(Section):
+    """Which experts a token uses, with what weight, and how the load is kept balanced."""
+
+    method: Literal["top_k"] = "top_k"
+    """top_k: the k experts of highest score (plus bias)."""
+    score: Literal["softmax", "softmax_top_k", "sigmoid"] = "softmax"
+    """softmax over all experts; softmax_top_k: softmax over the chosen k (Mixtral); sigmoid (DeepSeek-V3)."""
+    top_k: PositiveInt = 2
+    """Experts per token."""
+    renormalise: Switch = False
+    """Divide a token's weights by their sum. softmax_top_k is normalised already."""
+    scaling_factor: PositiveFloat = 1.0
+    """Multiplies the weights after renormalisation (DeepSeek-V3: 2.5)."""
+    init_std: PositiveFloat = 0.006
+    """Standard deviation of the router's initial weight (arXiv 2408.15664: 0.006)."""
+    group: SequenceGroup | Literal["global", "rank"] = SequenceGroup()
+    """Tokens over which a decision on more than one token is taken: {sequences: n}, rank (this rank's micro-batch), or global."""
+    bias: BiasConfig = BiasConfig()
+    losses: LossesConfig = LossesConfig()
+    capacity: CapacityConfig | None = None
+    """null: dropless."""
+
+
+class ParallelConfig(Section):
+    """How the ranks are divided. Data parallelism is what is left; experts fold over the data ranks."""
+
+    expert: PositiveInt = 1
+    """Ranks over which the experts of a layer are spread."""
+    expert_tensor: PositiveInt = 1
+    """Ranks over which the FFN width of one expert is split."""
+    tensor: PositiveInt = 1
+    """Ranks over which attention and dense layers are split."""
+    pipeline: PositiveInt = 1
+    """Pipeline stages."""
+    expert_map: list[NonNegativeInt] | None = None
+    """For each expert the expert-parallel rank that owns it. Default: contiguous equal blocks."""
+
+
+class DataConfig(Section):
+    """Text as bytes, packed into sequences; token 256 stands between documents."""
+
+    source: Literal["stdlib", "files"] = "stdlib"
+    """stdlib: the Python standard library's source files, on every machine, offline; files: those under `paths`."""
+    paths: list[str] = []
+    """Files or folders (read recursively) for source: files."""
+    suffixes: list[str] = [".py", ".txt", ".md"]
+    """Files of these endings are taken from the folders in `paths`."""
+    holdout_fraction: Annotated[float, Field(ge=0, le=0.5)] = 0.05
+    """Share of the files, chosen by a hash of their path, kept whole for evaluation."""
+    separate_documents: Switch = False
+    """Attention does not cross document boundaries."""
+
+
+class OptimizerConfig(Section):
+    """Weight decay applies to matrices only."""
+
+    name: Literal["adamw", "sgd"] = "adamw"
+    learning_rate: PositiveFloat = 1e-3
+    """Peak learning rate."""
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.95)
+    """AdamW's decay rates."""
+    epsilon: PositiveFloat = 1e-8
+    """AdamW's epsilon."""
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """SGD's momentum."""
+    weight_decay: NonNegativeFloat = 0.1
+    max_grad_norm: PositiveFloat | None = 1.0
+    """Gradients are scaled down to this global norm; null: no clipping."""
+
+
+class ScheduleConfig(Section):
+    """Learning rate over the run, as a factor of optimizer.learning_rate."""
+
+    name: Literal["constant", "cosine"] = "cosine"
+    warmup_steps: NonNegativeInt = 0
+    """Linear rise from 0 over this many steps."""
+    final_fraction: Annotated[float, Field(ge=0, le=1)] = 0.1
+    """cosine ends at this fraction of the peak."""
+
+
+class EvaluationConfig(Section):
+    """Loss on the held-out files."""
+
+    interval: PositiveInt | None = None
+    """Steps between evaluations; one more after the last step. null: never."""
+    tokens: PositiveInt = 65536
+    """Held-out tokens used (fewer if there are not so many), rounded down to whole sequences."""
+
+
+class CheckpointConfig(Section):
+    """Checkpoints in DIR/checkpoints."""
+
+    interval: PositiveInt | None = None
+    """Steps between checkpoints; one more after the last step. null: only on Ctrl-C or SIGTERM and at the end."""
+    keep: PositiveInt = 2
+    """The last n are kept."""
+
+
+class TrainingConfig(Section):
+    """The loop."""
+
+    steps: PositiveInt = 100
+    """Optimiser steps."""
+    global_batch_size: PositiveInt = 16
+    """Sequences of an optimiser step, over all ranks: the same for every layout."""
+    micro_batch_size: PositiveInt | None = None
+    """Sequences of one forward on one rank. Default: all of the rank's share, without accumulation."""
+    sequence_length: PositiveInt = 256
+    """Tokens of a sequence."""
+    optimizer: OptimizerConfig = OptimizerConfig()
+    schedule: ScheduleConfig = ScheduleConfig()
+    precision: Literal["auto", "float32", "float64", "bfloat16"] = "auto"
+    """bfloat16 is autocast with float32 weights; auto: bfloat16 where the device computes it fast, else float32."""
+    seed: NonNegativeInt = 0
+    """Initial weights and data order are functions of it."""
+    max_nonfinite_steps: PositiveInt = 3
+    """After this many steps in a row without a finite loss and gradient (each is skipped) the run ends."""
+    evaluation: EvaluationConfig = EvaluationConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+
+
+class TelemetryConfig(Section):
+    """Records in DIR."""
+
+    interval: PositiveInt = 10
+    """Steps between lines of metrics.jsonl and load/rank_*.jsonl."""
+
+
+class EngineConfig(Section):
+    """What runs the model on the ranks."""
+
+    name: Literal["native", "deepspeed", "megatron"] = "native"
+    """native: PyTorch alone."""
+    sharding: Literal["full", "replicate"] = "full"
+    """full: parameters, gradients and moments sharded over the data ranks by FSDP2; replicate: whole on each rank, like DDP."""
+
+
+class Config(Section):
+    """A whole run."""
+
+    model: ModelConfig = ModelConfig()
+    moe: MoEConfig = MoEConfig()
+    routing: RoutingConfig = RoutingConfig()
+    parallel: ParallelConfig = ParallelConfig()
+    data: DataConfig = DataConfig()
+    training: TrainingConfig = TrainingConfig()
+    telemetry: TelemetryConfig = TelemetryConfig()
+    engine: EngineConfig = EngineConfig()

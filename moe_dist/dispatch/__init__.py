@@ -1,0 +1,6 @@
+"""Move: Routing -> tokens grouped by expert on the rank that owns it, and back."""
+
+from moe_dist.dispatch.dispatcher import AllToAllDispatcher
+from moe_dist.dispatch.types import Segments, Ticket
+
+__all__ = ["AllToAllDispatcher", "Segments", "Ticket"]

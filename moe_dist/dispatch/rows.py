@@ -1,0 +1,69 @@
+"""Tokens <-> slots of the send buffer: two autograd functions, each the transpose of the other.
+
+Neither makes a K-fold tensor beyond the buffer itself, and both are deterministic: sums run over a token's pairs in order.
+
+Shape letters: T tokens, H hidden, P pairs in token order, W slots in the send buffer.
+"""
+
+from typing import Any
+
+import torch
+from torch.nn.functional import embedding_bag
+
+from moe_dist.dispatch.types import Plan
+
+
+def tokens_to_slots(hidden_TH: torch.Tensor, plan: Plan) -> torch.Tensor:
+    """[W, H] the row of each slot's token; empty slots are zero."""
+    return _TokensToSlots.apply(hidden_TH, plan)
+
+
+def slots_to_tokens(rows_WH: torch.Tensor, weight_P: torch.Tensor | None, plan: Plan) -> torch.Tensor:
+    """[T, H] for each token the sum of its pairs' rows times their weights (1 if None), in the dtype of the rows."""
+    return _SlotsToTokens.apply(rows_WH, weight_P, plan)
+
+
+class _TokensToSlots(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden_TH: torch.Tensor, plan: Plan) -> torch.Tensor:
+        ctx.plan = plan
+        return _gather(hidden_TH, plan)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return _weighted_sum(grads[0], None, ctx.plan), None
+
+
+class _SlotsToTokens(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows_WH: torch.Tensor, weight_P: torch.Tensor | None, plan: Plan) -> torch.Tensor:
+        ctx.plan = plan
+        ctx.save_for_backward(rows_WH, weight_P)
+        return _weighted_sum(rows_WH, weight_P, plan)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None, None]:
+        rows_WH, weight_P = ctx.saved_tensors
+        plan: Plan = ctx.plan
+        grad_WH = _gather(grads[0].to(rows_WH.dtype), plan)
+        if weight_P is None:
+            return grad_WH, None, None
+        dot_W = (grad_WH * rows_WH).sum(1, dtype=weight_P.dtype)
+        weight_W = weight_P.new_zeros(plan.token_W.shape[0]).scatter_(0, plan.slot_P, weight_P)
+        return grad_WH.mul_(weight_W.to(grad_WH.dtype)[:, None]), dot_W[plan.slot_P], None
+
+
+def _gather(hidden_TH: torch.Tensor, plan: Plan) -> torch.Tensor:
+    rows_WH = hidden_TH.index_select(0, plan.token_W)
+    return rows_WH if plan.empty_W is None else rows_WH.masked_fill_(plan.empty_W[:, None], 0)
+
+
+def _weighted_sum(rows_WH: torch.Tensor, weight_P: torch.Tensor | None, plan: Plan) -> torch.Tensor:
+    if plan.slot_P.numel() == 0:
+        return rows_WH.new_zeros(plan.num_tokens, rows_WH.shape[1])
+    # Sums in the dtype of the weights: bfloat16 rows with float32 weights are added up in float32.
+    dtype = rows_WH.dtype if weight_P is None else torch.promote_types(rows_WH.dtype, weight_P.dtype)
+    first_T = torch.searchsorted(plan.token_P, torch.arange(plan.num_tokens, device=plan.token_P.device))
+    weight_P = weight_P if weight_P is None else weight_P.to(dtype)
+    sum_TH = embedding_bag(plan.slot_P, rows_WH.to(dtype), first_T, mode="sum", per_sample_weights=weight_P)
+    return sum_TH.to(rows_WH.dtype)

@@ -1,0 +1,1 @@
+"""Who I am: launcher environment, device, process groups, collectives."""

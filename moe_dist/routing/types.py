@@ -1,0 +1,53 @@
+"""The two records of the routing contract.
+
+Shape letters: T tokens on this rank, E experts (global), P routed (token, expert) pairs on this rank.
+"""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """What is known of each token of a micro-batch, batch-major. Most routers need none of it."""
+
+    id_T: torch.Tensor | None = None
+    """int64: vocabulary ids."""
+    sequence_T: torch.Tensor | None = None
+    """int64: which sequence of this micro-batch, non-decreasing. None: all tokens are one sequence."""
+    position_T: torch.Tensor | None = None
+    """int64: place in the sequence."""
+    global_index_T: torch.Tensor | None = None
+    """int64: place in the global batch."""
+    padding_T: torch.Tensor | None = None
+    """bool: True for tokens that are not there. They are not routed and count nowhere."""
+    num_sequences: int = 1
+    """Sequences of this micro-batch, all of the same number of tokens."""
+    share: float | torch.Tensor = 1.0
+    """Weight of this micro-batch's auxiliary losses: its tokens over those of the optimiser step, on all ranks."""
+
+
+@dataclass(frozen=True)
+class Routing:
+    """Which experts each token uses, and with what weight. Pairs stand in token order."""
+
+    token_P: torch.Tensor
+    """int64, non-decreasing: the token of each pair."""
+    expert_P: torch.Tensor
+    """int64: the global id of its expert."""
+    weight_P: torch.Tensor
+    """float32 or float64, differentiable: the weight of the expert for the token."""
+    load_E: torch.Tensor
+    """int64: pairs per expert on this rank before anything is dropped, padding excluded."""
+    dropped_E: torch.Tensor | None = None
+    """int64: pairs that capacity removed; None where nothing can be."""
+    weight_on: Literal["output", "input"] = "output"
+    """Whether the weight multiplies what leaves the expert or what enters it (Llama 4)."""
+    identity_weight_T: torch.Tensor | None = None
+    """Weight of the token itself in its output (zero-computation experts, which never travel)."""
+    losses: dict[str, torch.Tensor] = field(default_factory=dict)
+    """Auxiliary losses of this micro-batch, coefficients included: means over its tokens."""
+    pairs_per_expert: int | None = None
+    """Set only where every rank sends exactly this many slots to every expert; pairs left over are empty rows."""

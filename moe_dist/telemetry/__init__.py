@@ -1,0 +1,1 @@
+"""Per-rank load records and their writers."""

@@ -1,0 +1,81 @@
+"""Run a function on several real gloo processes. The processes are kept and shared by all tests of the session."""
+
+import atexit
+import socket
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import Connection, wait
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import multiprocessing
+
+_pools: dict[int, "_Pool"] = {}
+
+
+def run_ranks(num_ranks: int, function: Callable[..., Any], *args: Any) -> list[Any]:
+    """`function(*args)` on every rank of a process group of `num_ranks`; the results, by rank.
+
+    `function` must be importable (module level), arguments and results picklable. An exception on any rank is raised
+    here with that rank's traceback; the processes are then replaced.
+    """
+    if num_ranks not in _pools:
+        _pools[num_ranks] = _Pool(num_ranks)
+    try:
+        return _pools[num_ranks].run(function, args)
+    except Exception:
+        _pools.pop(num_ranks).close()
+        raise
+
+
+class _Pool:
+    def __init__(self, num_ranks: int) -> None:
+        context = multiprocessing.get_context("spawn")
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        self.connections: list[Connection] = []
+        self.processes = []
+        for rank in range(num_ranks):
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_serve, args=(rank, num_ranks, port, theirs), daemon=True)
+            process.start()
+            self.connections.append(ours)
+            self.processes.append(process)
+        atexit.register(self.close)
+
+    def run(self, function: Callable[..., Any], args: tuple[Any, ...]) -> list[Any]:
+        for connection in self.connections:
+            connection.send((function, args))
+        results: list[Any] = [None] * len(self.connections)
+        waiting = dict(zip(self.connections, range(len(self.connections)), strict=True))
+        while waiting:
+            for connection in wait(list(waiting)):
+                rank = waiting.pop(connection)
+                try:
+                    succeeded, result = connection.recv()
+                except EOFError:
+                    raise RuntimeError(f"rank {rank} died") from None
+                if not succeeded:
+                    raise RuntimeError(f"rank {rank} failed:\n{result}")
+                results[rank] = result
+        return results
+
+    def close(self) -> None:
+        for process in self.processes:
+            process.kill()
+
+
+def _serve(rank: int, num_ranks: int, port: int, connection: Connection) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=num_ranks)
+    while True:
+        try:
+            function, args = connection.recv()
+        except EOFError:
+            return
+        try:
+            connection.send((True, function(*args)))
+        except Exception:
+            connection.send((False, traceback.format_exc()))
