@@ -26,16 +26,22 @@ class _FinishedWork:
 _FINISHED = _FinishedWork()
 
 
-def emulate_cuda() -> None:
-    """Point the calls of torch.cuda that the layer makes at the CPU, for the rest of this process."""
+def run_megatron_on_cpu() -> None:
+    """Make the layer usable in this process, before one is built."""
+    _emulate_cuda()
+    _mend_megatron()
+
+
+def _emulate_cuda() -> None:
+    """Point the calls of torch.cuda that the layer makes at the CPU."""
     torch.cuda.current_device = lambda: torch.device("cpu")
     torch.cuda.Stream = lambda: _FINISHED
     torch.cuda.current_stream = lambda: _FINISHED
     torch.cuda.stream = lambda stream: contextlib.nullcontext()
 
 
-def patch_megatron() -> None:
-    """Mend the two places where 0.16.1 fails without CUDA or without TransformerEngine."""
+def _mend_megatron() -> None:
+    """The two places where 0.16.1 fails without CUDA or without TransformerEngine."""
     from megatron.core.transformer.moe import moe_utils, token_dispatcher
 
     moe_utils.te_general_gemm = None  # read by the router, but defined only where TransformerEngine is installed

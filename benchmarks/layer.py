@@ -3,14 +3,15 @@
     python benchmarks/layer.py [--ranks 2] [--rounds 20] [--shape T,H,F,E,k]... [--peers NAME,...] [--json FILE]
 
 float32, dropless, learned top-k router included, SwiGLU experts without biases, expert parallelism over all ranks.
-Needs megatron-core 0.16.1 and deepspeed 0.19.8 to show those rows; a peer that cannot be imported is left out.
+moe_dist is installed or on PYTHONPATH; the peers are megatron-core 0.16.1 and deepspeed 0.19.8, and one that cannot be
+imported is left out.
 
 All layers have the same weights and tokens and live in the same processes. Before anything is timed, their outputs and
 gradients are compared with a plain loop; a layer that differs is not timed. Rounds are interleaved (A B C, A B C, ...),
 each step starts at a barrier, and its time is that of the slowest rank. `limit` is the same expert FLOPs as balanced
-GEMMs into buffers that exist already (the faster of a loop of mm and of bmm) plus, on several ranks, a bare all-to-all
-of the rows. All processes keep freed memory (raised malloc thresholds), which every layer gains from;
---default-malloc leaves glibc as it is.
+GEMMs into buffers that exist already (the faster of a loop of mm and of bmm) plus, on several ranks, four bare
+all-to-alls of the rows (dispatch and combine, forward and backward). All processes keep freed memory (raised malloc
+thresholds), which every layer gains from; --default-malloc leaves glibc as it is.
 """
 
 import argparse
@@ -29,7 +30,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.multiprocessing
-from peers import COMPETITORS, Competitor, Limit, Problem, Shape, Unavailable, loads, make_problem, reference
+from peers import COMPETITORS, Competitor, Limit, Problem, Shape, UnavailableError, loads, make_problem, reference
 from torch import Tensor
 
 PRESETS = [Shape(4096, 256, 512, 8, 2), Shape(4096, 256, 128, 64, 4)]
@@ -148,7 +149,7 @@ def build_layers(problem: Problem, names: list[str]) -> tuple[dict[str, Competit
     for name in names:
         try:
             layer = COMPETITORS[name](problem)
-        except (ImportError, Unavailable) as error:
+        except (ImportError, UnavailableError) as error:
             left_out[name] = str(error)
             continue
         errors = relative_errors(layer.results(), expected)
@@ -244,7 +245,7 @@ def version(package: str) -> str | None:
 def headline(report: dict) -> str:
     versions = ", ".join(f"{name} {number}" for name, number in report["versions"].items() if number)
     return (
-        f"{report['machine']['cpu']}, {report['ranks']} ranks x {report['threads_per_rank']} threads, "
+        f"{report['machine']['cpu']}, ranks: {report['ranks']}, threads a rank: {report['threads_per_rank']}, "
         f"{report['dtype']}, malloc: {report['malloc']}, {report['rounds']} rounds\n{versions}\n"
         f"square GEMM of {SQUARE_GEMM}: {report['square_gflops']:.0f} GFLOP/s a rank"
     )

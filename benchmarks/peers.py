@@ -155,7 +155,7 @@ def _by_expert(stacks: list[tuple[Tensor, ...]]) -> list[tuple[Tensor, ...]]:
     return [gemm for expert in zip(*by_stack, strict=True) for gemm in expert]
 
 
-class Unavailable(Exception):
+class UnavailableError(Exception):
     """A competitor that cannot run on this machine."""
 
 
@@ -268,12 +268,11 @@ class Megatron(LinearExperts):
     fused_swiglu = False
 
     def build(self, problem: Problem) -> nn.Module:
-        emulation.emulate_cuda()
         from megatron.core import parallel_state
         from megatron.core.models.gpt.moe_module_specs import get_moe_module_spec
         from megatron.core.transformer.moe.moe_layer import MoELayer
 
-        emulation.patch_megatron()
+        emulation.run_megatron_on_cpu()
         if not parallel_state.model_parallel_is_initialized():
             parallel_state.initialize_model_parallel(expert_model_parallel_size=problem.ranks)
         spec = get_moe_module_spec(use_te=False, num_experts=problem.shape.experts, moe_grouped_gemm=False)
@@ -298,7 +297,7 @@ class MegatronFused(Megatron):
 
     def build(self, problem: Problem) -> nn.Module:
         if not shutil.which("g++"):
-            raise Unavailable("torch.compile finds no C++ compiler")
+            raise UnavailableError("torch.compile finds no C++ compiler")
         return super().build(problem)
 
 

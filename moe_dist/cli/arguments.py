@@ -5,6 +5,13 @@ from typing import Annotated
 
 import typer
 
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise typer.BadParameter(f"{text!r} is not valid; it should be an integer greater than 0")
+    return int(text)
+
+
 ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file, such as those in configs/.")]
 Overrides = Annotated[
     list[str] | None,
@@ -12,5 +19,7 @@ Overrides = Annotated[
 ]
 Ranks = Annotated[
     int | None,
-    typer.Option("--ranks", metavar="N", min=1, help="Number of ranks. Default: the fewest that `parallel` needs."),
+    typer.Option(
+        "--ranks", metavar="N", parser=_positive, help="Number of ranks. Default: the fewest that `parallel` needs."
+    ),
 ]

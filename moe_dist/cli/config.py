@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from typing import TypeVar
 
-from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -23,22 +22,33 @@ def config(config: ConfigFile, overrides: Overrides = None, ranks: Ranks = None)
     """Print the resolved configuration, the layout of ranks it means, and what of it depends on the layout."""
     resolved = load_config(config, overrides, ranks)
     layout = layout_of(resolved, ranks)
-    console = Console()
-    console.print(dump_config(resolved), markup=False, soft_wrap=True)
-    for table in (_layout(resolved, layout), _experts(resolved, layout), _parameters(resolved), _support()):
-        console.print(table)
-    console.print(*_dependence(resolved, layout), sep="\n", markup=False, soft_wrap=True)
+    console = Console(markup=False)
+    parts = (
+        dump_config(resolved).rstrip(),
+        _batch(resolved, layout),
+        _layout(layout),
+        _experts(resolved, layout),
+        _parameters(resolved),
+        _support(),
+        _dependence(resolved, layout),
+    )
+    for part in parts:
+        console.print(part, soft_wrap=isinstance(part, str))
+        console.print()
 
 
-def _layout(config: Config, layout: Layout) -> Table:
-    table = _table(f"Layout of {layout.num_ranks} ranks", "", "ranks", "groups of ranks")
-    table.add_row("data parallel", str(layout.data), _groups([list(range(layout.data))]))
-    table.add_row("expert parallel", str(layout.expert), _groups(layout.expert_groups()))
-    table.add_row("expert data parallel", str(layout.expert_data), _groups(layout.expert_data_groups()))
-    table.caption = (
+def _batch(config: Config, layout: Layout) -> str:
+    return (
         f"{config.training.global_batch_size} sequences a step = {layout.data} data-parallel ranks "
         f"x micro-batch {layout.micro_batch_size} x {layout.accumulation_steps} accumulation steps"
     )
+
+
+def _layout(layout: Layout) -> Table:
+    table = _table(f"Layout of {layout.num_ranks} ranks", "", "size", "groups of ranks")
+    table.add_row("data parallel", str(layout.data), _groups([list(range(layout.data))]))
+    table.add_row("expert parallel", str(layout.expert), _groups(layout.expert_groups()))
+    table.add_row("expert data parallel", str(layout.expert_data), _groups(layout.expert_data_groups()))
     return table
 
 
@@ -67,24 +77,22 @@ def _parameters(config: Config) -> Table:
 
 
 def _support() -> Table:
-    headings = [engine if engine in IMPLEMENTED else f"{engine} (not built yet)" for engine in ENGINES]
-    table = _table("Above 1 with engine.name", "", *headings)
+    table = _table("What each engine offers", "", *ENGINES)
     for key, reasons in SUPPORT.items():
-        table.add_row(key, *("no" if reasons[engine] else "yes" for engine in ENGINES))
+        table.add_row(f"{key} above 1", *("no" if reasons[engine] else "yes" for engine in ENGINES))
+    table.add_row("built in this version", *("yes" if engine in IMPLEMENTED else "no" for engine in ENGINES))
     return table
 
 
-def _dependence(config: Config, layout: Layout) -> list[str]:
+def _dependence(config: Config, layout: Layout) -> str:
     notes = layout_dependence(config, layout)
-    if not notes:
-        return ["What depends on the layout: nothing"]
-    return ["What depends on the layout:", *(f"  {note}" for note in notes)]
+    return "\n  ".join(["What depends on the layout:", *notes] if notes else ["What depends on the layout: nothing"])
 
 
 def _table(title: str, *headings: str) -> Table:
-    table = Table(title=title, title_justify="left", caption_justify="left", box=box.SIMPLE_HEAD)
+    table = Table(title=title, title_justify="left", box=None, pad_edge=False, padding=(0, 2, 0, 0))
     for heading in headings:
-        table.add_column(heading)
+        table.add_column(heading, overflow="fold")
     return table
 
 

@@ -31,7 +31,7 @@ class Commands(TyperGroup):
         except ConfigError as error:
             _fail(str(error))
         except typer.TyperException as error:
-            _fail(f"{error.format_message()} See moe-dist --help")
+            _fail(f"{error.format_message()} (moe-dist --help tells more)")
         sys.exit(code)
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from moe_dist.config.errors import ConfigError, show
-from moe_dist.config.layout import Layout, fewest_ranks, layout_of, moe_layers
+from moe_dist.config.layout import fewest_ranks, layout_of, moe_layers
 from moe_dist.config.schema import Config, DataConfig, SequenceGroup
 from moe_dist.config.support import ENGINES, IMPLEMENTED, SUPPORT, engines_offering
 
@@ -191,8 +191,8 @@ def _ranks(config: Config, num_ranks: int | None) -> Iterator[str]:
         reason = f", because of {' and '.join(sizes)}" if sizes else ""
         yield f"--ranks: {num_ranks} is not valid; it should be {fewest} or a multiple of it{reason}"
         return
-    problems = [*_expert_map(config), *_batch(config, num_ranks)]
-    yield from problems or _widths(config, layout_of(config, num_ranks))
+    # The first of these with a problem: each would follow from the one before.
+    yield from list(_expert_map(config)) or list(_batch(config, num_ranks)) or _widths(config, num_ranks)
 
 
 def _expert_map(config: Config) -> Iterator[str]:
@@ -234,9 +234,10 @@ def _batch(config: Config, num_ranks: int) -> Iterator[str]:
         )
 
 
-def _widths(config: Config, layout: Layout) -> Iterator[str]:
+def _widths(config: Config, num_ranks: int) -> Iterator[str]:
     if config.engine.sharding != "full":
         return
+    layout = layout_of(config, num_ranks)
     for key in ("model.hidden_size", "moe.ffn_size"):
         width = _value(config.model_dump(), key)
         if width % layout.expert_data:

@@ -12,6 +12,17 @@ from moe_dist.config.errors import ConfigError, explain
 from moe_dist.config.schema import Config
 
 
+class _Loader(yaml.SafeLoader):
+    """Refuses a key that is given twice: plain YAML takes the last and says nothing."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        names = [key.value for key, _ in node.value]
+        for place, (key, _) in enumerate(node.value):
+            if key.value in names[:place]:
+                raise yaml.constructor.ConstructorError(None, None, f"{key.value!r} is given twice", key.start_mark)
+        return super().construct_mapping(node, deep)
+
+
 def load_config(path: str | Path, overrides: list[str] | None = None, num_ranks: int | None = None) -> Config:
     """Read a YAML file, apply `key.subkey=value` overrides, and check everything.
 
@@ -49,8 +60,11 @@ def read_yaml(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise ConfigError(f"CONFIG: there is no file {str(path)!r}{_near_files(path)}")
     try:
-        tree = yaml.safe_load(path.read_text())
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        with path.open(encoding="utf-8") as file:
+            tree = yaml.load(file, _Loader)
+    except OSError as error:
+        raise ConfigError(f"CONFIG: cannot read {str(path)!r} ({error.strerror}); it must be readable") from None
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: not text, or no such day
         raise ConfigError(f"CONFIG: {str(path)!r} is not valid YAML: {' '.join(str(error).split())}") from None
     if tree is None:
         return {}
@@ -73,8 +87,8 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
     if not equals or not all(part.strip() for part in key.split(".")):
         raise ConfigError(f"{override!r}: an override has the form section.key=value, such as parallel.expert=2")
     try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError:
+        value = yaml.load(text, _Loader)
+    except (yaml.YAMLError, ValueError):
         raise ConfigError(f"{key}: {text!r} is not valid YAML") from None
     *sections, last = key.strip().split(".")
     for name in sections:

@@ -19,8 +19,8 @@ def load_balance_loss(probability_TE: torch.Tensor, load_E: torch.Tensor, real_T
         load_E: counts of the tokens that the loss is about, maybe more than these T.
         real_T: False for padding; None where there is none.
     """
-    fraction_E = load_E / load_E.sum().clamp(min=1) * load_E.shape[0]
-    per_token_T = probability_TE @ fraction_E.to(probability_TE.dtype)
+    fraction_E = load_E.to(probability_TE.dtype) / load_E.sum().clamp(min=1) * load_E.shape[0]
+    per_token_T = probability_TE @ fraction_E
     return _mean(per_token_T, real_T)
 
 
@@ -35,10 +35,10 @@ def sequence_load_balance_loss(
         num_sequences: B, with T / B tokens each.
     """
     num_tokens, num_experts = probability_TE.shape
-    load_BE = chosen_TE.view(num_sequences, -1, num_experts).sum(1)
+    load_BE = chosen_TE.view(num_sequences, -1, num_experts).sum(1).to(probability_TE.dtype)
     fraction_BE = num_experts * load_BE / load_BE.sum(1, keepdim=True).clamp(min=1)
     probability_BSE = probability_TE.view(num_sequences, -1, num_experts)
-    per_token_T = torch.einsum("bse,be->bs", probability_BSE, fraction_BE.to(probability_TE.dtype)).reshape(num_tokens)
+    per_token_T = torch.einsum("bse,be->bs", probability_BSE, fraction_BE).reshape(num_tokens)
     return _mean(per_token_T, real_T)
 
 

@@ -34,7 +34,11 @@ class TopKRouter(nn.Module):
         self.balance = BalanceState(num_experts)
 
     def forward(self, hidden_TH: torch.Tensor, tokens: Tokens) -> Routing:
-        """Route. Scores are float32, or float64 where hidden is."""
+        """Route. Scores and losses are float32, or float64 where hidden is; autocast does not reach them."""
+        with torch.autocast(hidden_TH.device.type, enabled=False):
+            return self._route(hidden_TH, tokens)
+
+    def _route(self, hidden_TH: torch.Tensor, tokens: Tokens) -> Routing:
         config = self.routing
         logits_TE = self._logits(hidden_TH)
         scores_TE = expert_scores(logits_TE, config.score)
@@ -66,8 +70,7 @@ class TopKRouter(nn.Module):
 
     def _logits(self, hidden_TH: torch.Tensor) -> torch.Tensor:
         dtype = torch.float64 if hidden_TH.dtype == torch.float64 else torch.float32
-        with torch.autocast(hidden_TH.device.type, enabled=False):
-            return hidden_TH.to(dtype) @ self.weight.to(dtype).t()
+        return hidden_TH.to(dtype) @ self.weight.to(dtype).t()
 
     def _losses(
         self,

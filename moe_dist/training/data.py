@@ -10,7 +10,6 @@ position of a run is its step number and nothing else.
 Shapes: B sequences of a micro-batch, S sequence length, N tokens of a stream.
 """
 
-from dataclasses import dataclass
 from functools import lru_cache
 from typing import Protocol
 
@@ -21,30 +20,11 @@ from torch import Tensor
 
 from moe_dist.config import Config, ConfigError, Layout
 from moe_dist.config.checks import BYTE_VOCABULARY
+from moe_dist.engines.batch import IGNORED, Batch
 from moe_dist.training.documents import read_documents
 
 BOUNDARY = BYTE_VOCABULARY - 1
 """The token after each document."""
-IGNORED = -100
-"""The target of a position that does not count; what torch's cross_entropy ignores by default."""
-
-
-@dataclass(frozen=True)
-class Batch:
-    """What one rank reads in one forward; all tensors on the CPU.
-
-    input_BS: int64 tokens.
-    target_BS: int64 next tokens, IGNORED where the position does not count.
-    padding_BS: bool, True where there is no token. None: no padding.
-    document_BS: int64, other numbers for other documents of a sequence. None: attention crosses documents.
-    sequence_B: int64 index of each sequence in the global batch, or in the evaluation set.
-    """
-
-    input_BS: Tensor
-    target_BS: Tensor
-    padding_BS: Tensor | None
-    document_BS: Tensor | None
-    sequence_B: Tensor
 
 
 class Data(Protocol):

@@ -1,0 +1,195 @@
+"""The native engine: one optimiser step of the model on all ranks, by PyTorch alone.
+
+The divisor of the loss is the number of target tokens of the whole optimiser step, over all ranks and micro-batches.
+
+Shape letters: N MoE layers, E experts, V vocabulary.
+"""
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn import functional
+
+from moe_dist.config import Config, Layout
+from moe_dist.config.layout import owner_of_expert
+from moe_dist.engines.batch import IGNORED, Batch
+from moe_dist.engines.optimizer import (
+    build_optimizer,
+    clip,
+    drop_gradients,
+    local_parameters,
+    squared_norm,
+    take_gradients,
+)
+from moe_dist.engines.sharding import distribute
+from moe_dist.model import Transformer
+from moe_dist.parallel.groups import build_groups
+from moe_dist.placement import ExpertMap
+from moe_dist.routing.balance import sum_over_ranks, update_biases
+from moe_dist.telemetry.recorder import LayerRecorder
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What a step gave, over all ranks."""
+
+    loss: float
+    """Mean cross-entropy of the targets, in nats."""
+    grad_norm: float
+    """Before clipping."""
+    skipped: bool
+    """Loss or gradient was not finite; no weight, moment or bias has changed."""
+    load_NE: torch.Tensor
+    """int64, on the device: pairs per layer and expert before any drop."""
+    dropped_NE: torch.Tensor
+
+
+class NativeEngine:
+    """Model, groups and optimiser of one rank. Every method is collective: all ranks call it alike."""
+
+    def __init__(self, config: Config, layout: Layout, device: torch.device, vocab_size: int) -> None:
+        self.config, self.layout, self.device = config, layout, device
+        self.groups = build_groups(layout.expert, device)
+        self.data_rank = self.groups.data_rank
+        self._all_ranks = dist.group.WORLD if layout.data > 1 else None
+        precision = resolve_precision(config.training.precision, device)
+        self._autocast = precision == "bfloat16"
+        self.model = Transformer(
+            config,
+            vocab_size,
+            self.groups.expert_parallel_group,
+            self._all_ranks,
+            ExpertMap.from_owners(owner_of_expert(config)),
+        ).to(device, torch.float64 if precision == "float64" else torch.float32)
+        if config.model.compile:
+            for block in self.model.layers:
+                block.attention.compile()
+        self._sharded = distribute(self.model, self.groups, config.engine)
+        self.parameters = local_parameters(self.model)
+        self.optimizer = build_optimizer(self.parameters, config.training.optimizer)
+        self.balances = [layer.router.balance for layer in self.model.moe_layers.values()]
+        self.recorders = {number: LayerRecorder(device) for number in self.model.moe_layers}
+        for number, layer in self.model.moe_layers.items():
+            layer.recorder = self.recorders[number]
+
+    def sum_over_ranks(self, values: list[int]) -> list[int]:
+        """Add up host numbers over all ranks, without the device."""
+        total = torch.tensor(values)
+        dist.all_reduce(total)
+        return total.tolist()
+
+    def train_step(
+        self, batches: list[Batch], num_targets: int, num_tokens: int, learning_rate: float, bias_rate: float
+    ) -> StepResult:
+        """Accumulate the gradient of this rank's micro-batches, reduce it, and take one optimiser step.
+
+        Args:
+            batches: this rank's share of the global batch.
+            num_targets, num_tokens: of the whole global batch, over all ranks; the divisors of the loss and of the
+                auxiliary losses.
+            bias_rate: size of the update of the loss-free bias.
+        """
+        loss_sum = self.accumulate(batches, num_targets, num_tokens)
+        take_gradients(self.parameters)
+        totals = torch.stack([loss_sum, squared_norm(self.parameters)])
+        if self._all_ranks is not None:
+            dist.all_reduce(totals)
+        load_NE, dropped_NE = sum_over_ranks(self.balances, self._all_ranks)
+        loss, norm = totals.tolist()  # the one wait for the device in a step
+        loss, norm = loss / max(1, num_targets), math.sqrt(norm) if norm >= 0 else math.nan
+        skipped = not (math.isfinite(loss) and math.isfinite(norm))
+        if not skipped:
+            self._update(norm, learning_rate)
+            if self.config.routing.bias.rule != "none":
+                update_biases(self.balances, load_NE, bias_rate)
+        drop_gradients(self.parameters)
+        return StepResult(loss, norm, skipped, load_NE, dropped_NE)
+
+    def accumulate(self, batches: list[Batch], num_targets: int, num_tokens: int) -> torch.Tensor:
+        """Forward and backward of all micro-batches. Returns this rank's summed loss, float64 []."""
+        self.model.train()
+        loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
+        for number, batch in enumerate(batches):
+            for module in self._sharded:
+                module.set_requires_gradient_sync(number == len(batches) - 1, recurse=False)
+            loss = self._loss(batch, share=batch.num_tokens() / max(1, num_tokens))
+            (loss / max(1, num_targets)).backward()
+            loss_sum += loss.detach()
+        return loss_sum
+
+    @torch.no_grad()
+    def evaluate(self, batches: list[Batch]) -> tuple[float, int, torch.Tensor]:
+        """Loss summed over the targets of all ranks, in nats, their number, and the load_NE of all layers."""
+        self.model.eval()
+        loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
+        with self._loads() as load_NE:
+            for batch in batches:
+                loss_sum += self._loss(batch, share=0.0)
+        if self._all_ranks is not None:
+            dist.all_reduce(loss_sum)
+            dist.all_reduce(load_NE)
+        (num_targets,) = self.sum_over_ranks([sum(batch.num_targets() for batch in batches)])
+        return loss_sum.item(), num_targets, load_NE
+
+    @torch.no_grad()
+    def first_nonfinite(self, batches: list[Batch]) -> str:
+        """The part of the model, in the order of the forward pass, whose output is the first that is not finite."""
+        found: list[str] = []
+
+        def check(name: str) -> object:
+            def hook(module: nn.Module, args: object, output: torch.Tensor) -> None:
+                if not found and not output.isfinite().all():
+                    found.append(f"the output of {name}")
+
+            return self.model.get_submodule(name).register_forward_hook(hook)
+
+        parts = ("attention", "moe", "ffn")
+        names = [f"layers.{i}.{p}" for i, b in enumerate(self.model.layers) for p in parts if getattr(b, p) is not None]
+        handles = [check(name) for name in ("embedding", *names, "norm")]
+        for batch in batches:
+            self._loss(batch, share=0.0)
+        for handle in handles:
+            handle.remove()
+        return found[0] if found else "a gradient, while all outputs are finite"
+
+    def _loss(self, batch: Batch, share: float) -> torch.Tensor:
+        """Cross-entropy summed over the targets of a micro-batch."""
+        batch = batch.to(self.device)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self._autocast):
+            logits_BSV = self.model(batch.input_BS, batch.tokens(share), batch.document_BS)
+        logits_TV = logits_BSV.flatten(0, 1).to(torch.promote_types(logits_BSV.dtype, torch.float32))
+        return functional.cross_entropy(logits_TV, batch.target_BS.flatten(), ignore_index=IGNORED, reduction="sum")
+
+    def _update(self, norm: float, learning_rate: float) -> None:
+        max_norm = self.config.training.optimizer.max_grad_norm
+        if max_norm is not None:
+            clip(self.parameters, norm, max_norm)
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate
+        self.optimizer.step()
+
+    @contextmanager
+    def _loads(self) -> Iterator[torch.Tensor]:
+        """A counter [N, E] of what the routers choose inside the block."""
+        layers = list(self.model.moe_layers.values())
+        load_NE = torch.zeros(len(layers), self.config.moe.num_experts, dtype=torch.int64, device=self.device)
+        handles = [
+            layer.router.register_forward_hook(lambda _, __, routing, n=n: load_NE[n].add_(routing.load_E))
+            for n, layer in enumerate(layers)
+        ]
+        yield load_NE
+        for handle in handles:
+            handle.remove()
+
+
+def resolve_precision(precision: str, device: torch.device) -> str:
+    """`auto` is bfloat16 where the device multiplies it fast, else float32."""
+    if precision != "auto":
+        return precision
+    fast = torch.cuda.is_bf16_supported() if device.type == "cuda" else torch.cpu._is_avx512_bf16_supported()
+    return "bfloat16" if fast else "float32"

@@ -1,0 +1,73 @@
+"""The optimiser step on the parts of the parameters that this rank holds.
+
+AdamW and SGD work on each value alone, so they run on the local part of every parameter as an ordinary tensor: the same
+fused kernels whether parameters are sharded, replicated or whole.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+from moe_dist.config.schema import OptimizerConfig
+from moe_dist.model.names import local_tensor
+
+
+@dataclass(frozen=True)
+class LocalParameter:
+    """A parameter and the part of it on this rank, in shared storage."""
+
+    name: str
+    parameter: nn.Parameter
+    local: nn.Parameter
+    replicas: int
+    """Ranks that hold this very part: the norm counts it once."""
+
+
+def local_parameters(model: nn.Module) -> list[LocalParameter]:
+    """The parameters of a distributed model, in the order of the model."""
+    found = []
+    for name, parameter in model.named_parameters():
+        replicas = 1
+        if isinstance(parameter, DTensor) and not parameter.placements[0].is_shard():
+            replicas = parameter.device_mesh.size()
+        found.append(LocalParameter(name, parameter, nn.Parameter(local_tensor(parameter)), replicas))
+    return found
+
+
+def build_optimizer(parameters: list[LocalParameter], config: OptimizerConfig) -> torch.optim.Optimizer:
+    """AdamW or SGD; weight decay on matrices only (expert stacks are matrices, norms and biases are not)."""
+    matrices = [p.local for p in parameters if p.parameter.dim() >= 2]
+    vectors = [p.local for p in parameters if p.parameter.dim() < 2]
+    groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    groups = [group for group in groups if group["params"]]
+    if config.name == "sgd":
+        return torch.optim.SGD(groups, lr=config.learning_rate, momentum=config.momentum, fused=True)
+    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=config.betas, eps=config.epsilon, fused=True)
+
+
+def take_gradients(parameters: list[LocalParameter]) -> None:
+    """Hand the reduced gradients to the local parts."""
+    for p in parameters:
+        assert p.parameter.grad is not None, f"{p.name} got no gradient"
+        p.local.grad = local_tensor(p.parameter.grad)
+
+
+def drop_gradients(parameters: list[LocalParameter]) -> None:
+    """Forget the gradients of the step."""
+    for p in parameters:
+        p.parameter.grad = p.local.grad = None
+
+
+def squared_norm(parameters: list[LocalParameter]) -> torch.Tensor:
+    """This rank's part, float64 [], of the squared gradient norm: summed over all ranks it counts every value once."""
+    norms = torch._foreach_norm([p.local.grad for p in parameters])
+    once = torch.tensor([1 / p.replicas for p in parameters], dtype=torch.float64, device=norms[0].device)
+    return torch.stack(norms).double().square() @ once
+
+
+def clip(parameters: list[LocalParameter], norm: float, max_norm: float) -> None:
+    """Scale gradients down to `max_norm` if their global norm is above it."""
+    if norm > max_norm:
+        torch._foreach_mul_([p.local.grad for p in parameters], max_norm / norm)
