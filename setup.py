@@ -19,5 +19,5 @@ setup(
         "hf": ["transformers", "safetensors"],
         "dev": ["hypothesis", "import-linter", "mypy", "pytest", "ruff", "scipy", "transformers", "types-PyYAML"],
     },
-    entry_points={"console_scripts": ["moe-dist = moe_dist.cli.main:main"]},
+    entry_points={"console_scripts": ["moe-dist = moe_dist.cli.main:app"]},
 )

@@ -75,7 +75,7 @@ class MoELayer(nn.Module):
             tokens: what is known of them; by default each row of [B, S, H] is a sequence, and nothing is padding.
         """
         hidden_TH = hidden.reshape(-1, hidden.shape[-1])
-        tokens = tokens or Tokens(num_sequences=hidden.shape[0] if hidden.dim() == 3 else 1)
+        tokens = tokens or Tokens(num_sequences=max(1, hidden.shape[0]) if hidden.dim() == 3 else 1)
         recorder = self.recorder if self.training and not is_recomputation() else None
         with _stage(recorder, "route"):
             routing = self.router(hidden_TH, tokens)
@@ -107,13 +107,13 @@ class MoELayer(nn.Module):
             output_std: of the projections out of them; default `std`.
         """
         output_std = std if output_std is None else output_std
-        for key, weight in self.router.named_parameters():
-            draw_normal(weight, f"{name}.router.{key}", seed, self.routing.init_std)
+        for key, parameter in self.router.named_parameters():
+            draw_normal(parameter, f"{name}.router.{key}", seed, self.routing.init_std)
         for place, expert in enumerate(self.own_experts):
             for key, weight in self.experts.weights_of(place, lambda p: p.data).items():
                 draw_normal(weight, f"{name}.experts.{expert}.{key}", seed, output_std if key == "w_down" else std)
-        for key, weight in self.shared.named_parameters() if self.shared is not None else ():
-            draw_normal(weight, f"{name}.shared.{key}", seed, output_std if key.startswith("w_down") else std)
+        for key, parameter in self.shared.named_parameters() if self.shared is not None else ():
+            draw_normal(parameter, f"{name}.shared.{key}", seed, output_std if key.startswith("w_down") else std)
 
 
 def _stage(recorder: LayerRecorder | None, name: str) -> AbstractContextManager[None]:

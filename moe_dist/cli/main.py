@@ -3,7 +3,6 @@
 Commands import what is heavy (torch) when they run, so that a wrong config or option is told at once.
 """
 
-import os
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -14,6 +13,7 @@ from typer.core import TyperGroup
 from moe_dist.cli import config as config_command
 from moe_dist.cli.arguments import ConfigFile, Overrides, Ranks
 from moe_dist.config import ConfigError, load_config
+from moe_dist.parallel.environment import read_environment
 
 LocalRank = Annotated[
     int | None,
@@ -65,25 +65,14 @@ def train(
     local_rank: LocalRank = None,
 ) -> None:
     """Train the model of CONFIG: as a worker under torchrun or deepspeed, otherwise on N ranks of this machine."""
-    overrides = overrides or []
-    ranks = _num_ranks(ranks)
+    overrides, environment = overrides or [], read_environment()
+    if environment.launcher != "single":
+        if ranks not in (None, environment.num_ranks):
+            raise ConfigError(
+                f"--ranks: {ranks} is not valid; the launcher started {environment.num_ranks} ranks, so leave it out"
+            )
+        ranks = environment.num_ranks
     load_config(config, overrides, ranks)
     from moe_dist.cli.train import train as run  # imports torch
 
-    run(config, overrides, ranks, output, resume)
-
-
-def _num_ranks(ranks: int | None) -> int | None:
-    """In a worker the number of ranks that its launcher started, otherwise --ranks."""
-    if "RANK" not in os.environ:
-        return ranks
-    started = os.environ.get("WORLD_SIZE", "")
-    if not started.isdecimal():
-        raise ConfigError(
-            f"WORLD_SIZE: {started!r} is not valid; RANK is set, so it should be the number of ranks of the launcher"
-        )
-    if ranks not in (None, int(started)):
-        raise ConfigError(
-            f"--ranks: {ranks} is not valid; the launcher started {started} ranks (WORLD_SIZE), so leave it out"
-        )
-    return int(started)
+    raise typer.Exit(run(config, overrides, ranks, output, resume))

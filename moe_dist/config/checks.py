@@ -75,9 +75,6 @@ def _routing(config: Config) -> Iterator[str]:
         yield "routing.renormalise: true with routing.top_k = 1 gives a constant weight and no gradient; use false"
     elif routing.renormalise and routing.score == "softmax_top_k":
         yield "routing.renormalise: true has no effect with routing.score: softmax_top_k, which sums to 1; use false"
-    bias = routing.bias
-    if bias.rule != "none" and bias.final_rate is not None and bias.final_rate > bias.rate:
-        yield f"routing.bias.final_rate: {bias.final_rate} is above routing.bias.rate = {bias.rate}; use at most that"
     if routing.capacity and routing.top_k <= num_experts:
         yield from _capacity(config)
 
@@ -85,12 +82,6 @@ def _routing(config: Config) -> Iterator[str]:
 def _capacity(config: Config) -> Iterator[str]:
     routing, capacity = config.routing, config.routing.capacity
     assert capacity is not None
-    most = config.moe.num_experts / routing.top_k
-    if capacity.factor > most:
-        yield (
-            f"routing.capacity.factor: {capacity.factor} is above moe.num_experts / routing.top_k = {most:g}, "
-            "where an expert has room for every token; use at most that, or routing.capacity: null"
-        )
     if routing.group == "global":
         yield "routing.group: 'global' is not offered for routing.capacity; use {sequences: n} or rank"
     if capacity.renormalise and routing.top_k == 1:
@@ -121,9 +112,6 @@ def _paths(data: DataConfig) -> Iterator[str]:
 
 def _training(config: Config) -> Iterator[str]:
     training, evaluation = config.training, config.training.evaluation
-    warmup = training.schedule.warmup_steps
-    if warmup > training.steps:
-        yield f"training.schedule.warmup_steps: {warmup} is above training.steps = {training.steps}; use at most that"
     if evaluation.interval and not config.data.holdout_fraction:
         yield (
             f"training.evaluation.interval: {evaluation.interval} needs held-out files; "
@@ -139,32 +127,22 @@ def _training(config: Config) -> Iterator[str]:
 
 
 def _without_effect(config: Config) -> Iterator[str]:
-    """Keys that were changed from their default although nothing acts on them."""
-    optimizer, schedule = config.training.optimizer.name, config.training.schedule.name
-    no_dense_layers = len(moe_layers(config)) == config.model.num_layers
+    """Keys that ask for something which will not happen.
+
+    The settings of a part that is switched off (`routing.bias.rate` with rule: none) are no such request: switching it off
+    by one override must not mean clearing them too.
+    """
+    optimizer = config.training.optimizer.name
     idle = [
-        ("model.num_dense_layers: 0", no_dense_layers, ["model.ffn_size"]),
         ("moe.num_shared_experts: 0", not config.moe.num_shared_experts, ["moe.shared_gate"]),
         ("routing.capacity: null", config.routing.capacity is None, ["routing.group"]),
-        (
-            "routing.bias.rule: none",
-            config.routing.bias.rule == "none",
-            ["routing.bias.rate", "routing.bias.final_rate"],
-        ),
-        (
-            "routing.losses.load_balance.coefficient: 0",
-            not config.routing.losses.load_balance.coefficient,
-            ["routing.losses.load_balance.scope"],
-        ),
-        ("data.source: stdlib", config.data.source == "stdlib", ["data.paths", "data.suffixes"]),
+        ("data.source: stdlib", config.data.source == "stdlib", ["data.paths"]),
         ("training.optimizer.name: adamw", optimizer == "adamw", ["training.optimizer.momentum"]),
         (
             "training.optimizer.name: sgd",
             optimizer == "sgd",
             ["training.optimizer.betas", "training.optimizer.epsilon"],
         ),
-        ("training.schedule.name: constant", schedule == "constant", ["training.schedule.final_fraction"]),
-        ("training.evaluation.interval: null", not config.training.evaluation.interval, ["training.evaluation.tokens"]),
     ]
     values, defaults = config.model_dump(mode="json"), Config().model_dump(mode="json")
     for cause, holds, keys in idle:

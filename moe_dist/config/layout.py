@@ -1,5 +1,6 @@
 """The layout of ranks that a config means: pure arithmetic, shared by the checks, `moe-dist config` and the process groups."""
 
+import math
 from dataclasses import dataclass
 
 from moe_dist.config.schema import Config, SequenceGroup
@@ -32,7 +33,7 @@ class Layout:
 def fewest_ranks(config: Config) -> int:
     """The smallest number of ranks that the `parallel` section allows."""
     parallel = config.parallel
-    return max(parallel.expert * parallel.expert_tensor, parallel.tensor) * parallel.pipeline
+    return math.lcm(parallel.expert * parallel.expert_tensor, parallel.tensor) * parallel.pipeline
 
 
 def layout_of(config: Config, num_ranks: int | None = None) -> Layout:

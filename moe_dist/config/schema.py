@@ -5,12 +5,18 @@ This package imports no torch, so that a wrong config is reported in well under 
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+
+
+def _not_boolean(value: object) -> object:
+    # pydantic would take true for 1.0
+    return "true" if value is True else "false" if value is False else value
+
 
 PositiveInt = Annotated[int, Field(gt=0, strict=True)]
 NonNegativeInt = Annotated[int, Field(ge=0, strict=True)]
-PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False), BeforeValidator(_not_boolean)]
+NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False), BeforeValidator(_not_boolean)]
 Switch = Annotated[bool, Field(strict=True)]
 
 
@@ -148,7 +154,9 @@ class RoutingConfig(Section):
     group: SequenceGroup | Literal["global", "rank"] = SequenceGroup()
     """Tokens over which a decision on more than one token is taken: {sequences: n}, rank (this rank's micro-batch), or global."""
     bias: BiasConfig = BiasConfig()
+    """Loss-free balancing."""
     losses: LossesConfig = LossesConfig()
+    """Auxiliary losses."""
     capacity: CapacityConfig | None = None
     """null: dropless."""
 
@@ -187,6 +195,7 @@ class OptimizerConfig(Section):
     """Weight decay applies to matrices only."""
 
     name: Literal["adamw", "sgd"] = "adamw"
+    """Both are fused; AdamW decouples the weight decay."""
     learning_rate: PositiveFloat = 1e-3
     """Peak learning rate."""
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.95)
@@ -196,6 +205,7 @@ class OptimizerConfig(Section):
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """SGD's momentum."""
     weight_decay: NonNegativeFloat = 0.1
+    """Of matrices, experts and embeddings; norms have none."""
     max_grad_norm: PositiveFloat | None = 1.0
     """Gradients are scaled down to this global norm; null: no clipping."""
 
@@ -204,6 +214,7 @@ class ScheduleConfig(Section):
     """Learning rate over the run, as a factor of optimizer.learning_rate."""
 
     name: Literal["constant", "cosine"] = "cosine"
+    """After the warm-up: the peak, or a cosine down to final_fraction of it at the last step."""
     warmup_steps: NonNegativeInt = 0
     """Linear rise from 0 over this many steps."""
     final_fraction: Annotated[float, Field(ge=0, le=1)] = 0.1
@@ -243,7 +254,7 @@ class TrainingConfig(Section):
     schedule: ScheduleConfig = ScheduleConfig()
     precision: Literal["auto", "float32", "float64", "bfloat16"] = "auto"
     """bfloat16 is autocast with float32 weights; auto: bfloat16 where the device computes it fast, else float32."""
-    seed: NonNegativeInt = 0
+    seed: Annotated[int, Field(ge=0, le=2**63 - 1, strict=True)] = 0
     """Initial weights and data order are functions of it."""
     max_nonfinite_steps: PositiveInt = 3
     """After this many steps in a row without a finite loss and gradient (each is skipped) the run ends."""

@@ -54,6 +54,8 @@ class _SlotsToTokens(torch.autograd.Function):
 
 
 def _gather(hidden_TH: torch.Tensor, plan: Plan) -> torch.Tensor:
+    if plan.num_tokens == 0:  # all slots are empty
+        return hidden_TH.new_zeros(plan.token_W.shape[0], hidden_TH.shape[1])
     rows_WH = hidden_TH.index_select(0, plan.token_W)
     return rows_WH if plan.empty_W is None else rows_WH.masked_fill_(plan.empty_W[:, None], 0)
 

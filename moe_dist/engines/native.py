@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.nn import functional
+from torch.utils.hooks import RemovableHandle
 
 from moe_dist.config import Config, Layout
 from moe_dist.config.layout import owner_of_expert
@@ -27,9 +28,11 @@ from moe_dist.engines.optimizer import (
     take_gradients,
 )
 from moe_dist.engines.sharding import distribute
+from moe_dist.engines.state import create_moments, engine_state
 from moe_dist.model import Transformer
 from moe_dist.parallel.groups import build_groups
 from moe_dist.placement import ExpertMap
+from moe_dist.routing import Routing
 from moe_dist.routing.balance import sum_over_ranks, update_biases
 from moe_dist.telemetry.recorder import LayerRecorder
 
@@ -57,25 +60,29 @@ class NativeEngine:
         self.groups = build_groups(layout.expert, device)
         self.data_rank = self.groups.data_rank
         self._all_ranks = dist.group.WORLD if layout.data > 1 else None
-        precision = resolve_precision(config.training.precision, device)
-        self._autocast = precision == "bfloat16"
+        self.precision = resolve_precision(config.training.precision, device)
         self.model = Transformer(
             config,
             vocab_size,
             self.groups.expert_parallel_group,
             self._all_ranks,
             ExpertMap.from_owners(owner_of_expert(config)),
-        ).to(device, torch.float64 if precision == "float64" else torch.float32)
+        ).to(device, torch.float64 if self.precision == "float64" else torch.float32)
         if config.model.compile:
-            for block in self.model.layers:
+            for block in self.model.blocks():
                 block.attention.compile()
         self._sharded = distribute(self.model, self.groups, config.engine)
         self.parameters = local_parameters(self.model)
         self.optimizer = build_optimizer(self.parameters, config.training.optimizer)
+        create_moments(self.optimizer)
         self.balances = [layer.router.balance for layer in self.model.moe_layers.values()]
         self.recorders = {number: LayerRecorder(device) for number in self.model.moe_layers}
         for number, layer in self.model.moe_layers.items():
             layer.recorder = self.recorders[number]
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """What a checkpoint holds, by global name; see moe_dist.engines.state."""
+        return engine_state(self.model, self.parameters, self.optimizer)
 
     def sum_over_ranks(self, values: list[int]) -> list[int]:
         """Add up host numbers over all ranks, without the device."""
@@ -141,7 +148,7 @@ class NativeEngine:
         """The part of the model, in the order of the forward pass, whose output is the first that is not finite."""
         found: list[str] = []
 
-        def check(name: str) -> object:
+        def check(name: str) -> RemovableHandle:
             def hook(module: nn.Module, args: object, output: torch.Tensor) -> None:
                 if not found and not output.isfinite().all():
                     found.append(f"the output of {name}")
@@ -149,7 +156,9 @@ class NativeEngine:
             return self.model.get_submodule(name).register_forward_hook(hook)
 
         parts = ("attention", "moe", "ffn")
-        names = [f"layers.{i}.{p}" for i, b in enumerate(self.model.layers) for p in parts if getattr(b, p) is not None]
+        names = [
+            f"layers.{i}.{p}" for i, b in enumerate(self.model.blocks()) for p in parts if getattr(b, p) is not None
+        ]
         handles = [check(name) for name in ("embedding", *names, "norm")]
         for batch in batches:
             self._loss(batch, share=0.0)
@@ -160,7 +169,7 @@ class NativeEngine:
     def _loss(self, batch: Batch, share: float) -> torch.Tensor:
         """Cross-entropy summed over the targets of a micro-batch."""
         batch = batch.to(self.device)
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self._autocast):
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bfloat16"):
             logits_BSV = self.model(batch.input_BS, batch.tokens(share), batch.document_BS)
         logits_TV = logits_BSV.flatten(0, 1).to(torch.promote_types(logits_BSV.dtype, torch.float32))
         return functional.cross_entropy(logits_TV, batch.target_BS.flatten(), ignore_index=IGNORED, reduction="sum")
@@ -178,10 +187,12 @@ class NativeEngine:
         """A counter [N, E] of what the routers choose inside the block."""
         layers = list(self.model.moe_layers.values())
         load_NE = torch.zeros(len(layers), self.config.moe.num_experts, dtype=torch.int64, device=self.device)
-        handles = [
-            layer.router.register_forward_hook(lambda _, __, routing, n=n: load_NE[n].add_(routing.load_E))
-            for n, layer in enumerate(layers)
-        ]
+
+        def count(router: nn.Module, args: object, routing: Routing) -> None:
+            load_NE[places[router]] += routing.load_E
+
+        places: dict[nn.Module, int] = {layer.router: n for n, layer in enumerate(layers)}
+        handles = [router.register_forward_hook(count) for router in places]
         yield load_NE
         for handle in handles:
             handle.remove()

@@ -62,7 +62,7 @@ def drop_gradients(parameters: list[LocalParameter]) -> None:
 
 def squared_norm(parameters: list[LocalParameter]) -> torch.Tensor:
     """This rank's part, float64 [], of the squared gradient norm: summed over all ranks it counts every value once."""
-    norms = torch._foreach_norm([p.local.grad for p in parameters])
+    norms = torch._foreach_norm(_gradients(parameters))
     once = torch.tensor([1 / p.replicas for p in parameters], dtype=torch.float64, device=norms[0].device)
     return torch.stack(norms).double().square() @ once
 
@@ -70,4 +70,8 @@ def squared_norm(parameters: list[LocalParameter]) -> torch.Tensor:
 def clip(parameters: list[LocalParameter], norm: float, max_norm: float) -> None:
     """Scale gradients down to `max_norm` if their global norm is above it."""
     if norm > max_norm:
-        torch._foreach_mul_([p.local.grad for p in parameters], max_norm / norm)
+        torch._foreach_mul_(_gradients(parameters), max_norm / norm)
+
+
+def _gradients(parameters: list[LocalParameter]) -> list[torch.Tensor]:
+    return [p.local.grad for p in parameters if p.local.grad is not None]

@@ -6,10 +6,9 @@ parameters, over the expert-data ranks for experts, whose tokens of the expert-p
 all-to-all.
 """
 
-from functools import partial
-
 from torch import nn
 from torch.distributed._composable.replicate_with_fsdp import replicate
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import Shard
 
@@ -22,21 +21,28 @@ def distribute(model: Transformer, groups: ParallelGroups, engine: EngineConfig)
     """Shard or replicate the model in place; gradients are then reduced as backward runs. Returns the wrapped modules."""
     if groups.data.size() == 1:
         return []
-    full = engine.sharding == "full"
-    wrap = partial(fully_shard, reshard_after_forward=True) if full else replicate
-    for block in model.layers:
-        alone: set[nn.Parameter] = set()  # experts that no other rank holds
+    wrap = _shard if engine.sharding == "full" else replicate
+    alone: set[nn.Parameter] = set()  # experts that no other rank holds
+    for block in model.blocks():
         if block.moe is not None and groups.expert_data.size() == 1:
-            alone = set(block.moe.experts.parameters())
-        elif block.moe is not None and full:
-            # Dimension 0 is the expert, of which a rank may have only one.
-            wrap(block.moe.experts, mesh=groups.expert_data, shard_placement_fn=lambda _: Shard(1))
+            alone.update(block.moe.experts.parameters())
         elif block.moe is not None:
             wrap(block.moe.experts, mesh=groups.expert_data)
         wrap(block, mesh=groups.data, ignored_params=alone)
-    wrap(model, mesh=groups.data, ignored_params={p for b in model.layers if b.moe for p in b.moe.experts.parameters()})
-    wrapped = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    wrap(model, mesh=groups.data, ignored_params=alone)
+    wrapped: list[FSDPModule] = [module for module in model.modules() if isinstance(module, FSDPModule)]
     for module in wrapped:
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)  # gloo can sum only
     return wrapped
+
+
+def _shard(module: nn.Module, mesh: DeviceMesh, ignored_params: set[nn.Parameter] | None = None) -> None:
+    """FSDP2 on dimension 0; on dimension 1 for stacks of experts, of which a rank may have only one."""
+
+    def dimension(parameter: nn.Parameter) -> Shard:
+        return Shard(1 if parameter.dim() == 3 else 0)
+
+    fully_shard(
+        module, mesh=mesh, reshard_after_forward=True, shard_placement_fn=dimension, ignored_params=ignored_params
+    )

@@ -52,7 +52,7 @@ def compute_grouped(
     """torch.nn.functional.grouped_mm, one group an expert; segments of several source ranks are brought together first."""
     num_experts = len(w_in_LHG)
     order = sorted(range(len(segments.sizes)), key=lambda s: segments.experts[s])
-    regrouped = len(order) > num_experts
+    regrouped = order != list(range(len(order)))
     if regrouped:
         rows_RH = _reorder(rows_RH, segments.sizes, order)
     sizes_L = [0] * num_experts

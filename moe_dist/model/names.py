@@ -39,7 +39,7 @@ def global_tensors(
 
 def local_tensor(tensor: torch.Tensor) -> torch.Tensor:
     """The part of a tensor on this rank, without gradient history."""
-    return tensor.detach().to_local() if isinstance(tensor, DTensor) else tensor.detach()
+    return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).detach()
 
 
 def _as_sharded(local: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:

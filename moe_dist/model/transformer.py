@@ -35,8 +35,10 @@ class Block(nn.Module):
     def forward(self, hidden_BSH: torch.Tensor, tokens: Tokens, mask_B1SS: torch.Tensor | None) -> torch.Tensor:
         hidden_BSH = hidden_BSH + self.attention(self.attention_norm(hidden_BSH), mask_B1SS)
         normed_BSH = self.ffn_norm(hidden_BSH)
-        out_BSH = self.ffn(normed_BSH) if self.moe is None else self.moe(normed_BSH, tokens)
-        return hidden_BSH + out_BSH
+        if self.moe is not None:
+            return hidden_BSH + self.moe(normed_BSH, tokens)
+        assert self.ffn is not None
+        return hidden_BSH + self.ffn(normed_BSH)
 
 
 class Transformer(nn.Module):
@@ -79,7 +81,11 @@ class Transformer(nn.Module):
     @property
     def moe_layers(self) -> dict[int, MoELayer]:
         """The MoE layers by layer number."""
-        return {number: block.moe for number, block in enumerate(self.layers) if block.moe is not None}
+        return {number: block.moe for number, block in enumerate(self.blocks()) if block.moe is not None}
+
+    def blocks(self) -> list[Block]:
+        """The layers."""
+        return [block for block in self.layers if isinstance(block, Block)]
 
     def forward(self, input_BS: torch.Tensor, tokens: Tokens, document_BS: torch.Tensor | None = None) -> torch.Tensor:
         """Logits [B, S, V].
@@ -91,7 +97,7 @@ class Transformer(nn.Module):
         """
         mask_B1SS = None if document_BS is None else _document_mask(document_BS)
         hidden_BSH = self.embedding(input_BS)
-        for number, block in enumerate(self.layers):
+        for number, block in enumerate(self.blocks()):
             if self.training and self._is_checkpointed(number):
                 hidden_BSH = checkpoint(
                     block, hidden_BSH, tokens, mask_B1SS, use_reentrant=False, preserve_rng_state=False

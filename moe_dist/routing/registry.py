@@ -1,12 +1,12 @@
 """Routers by name: a new method is a new file and a line here."""
 
 import torch.distributed as dist
-from torch import nn
 
 from moe_dist.config.schema import RoutingConfig
+from moe_dist.routing.router import Router
 from moe_dist.routing.top_k import TopKRouter
 
-ROUTERS: dict[str, type[nn.Module]] = {
+ROUTERS: dict[str, type[TopKRouter]] = {
     "top_k": TopKRouter,
 }
 
@@ -16,7 +16,7 @@ def build_router(
     num_experts: int,
     routing: RoutingConfig,
     data_parallel_group: dist.ProcessGroup | None = None,
-) -> nn.Module:
+) -> Router:
     """The router that `routing.method` names: `router(hidden_TH, tokens) -> Routing`.
 
     Args:

@@ -11,11 +11,12 @@ from moe_dist.config.schema import RoutingConfig, SequenceGroup
 from moe_dist.routing.balance import BalanceState
 from moe_dist.routing.capacity import apply_capacity
 from moe_dist.routing.losses import load_balance_loss, sequence_load_balance_loss, z_loss
+from moe_dist.routing.router import Router
 from moe_dist.routing.scores import balance_scores, combine_weights, expert_scores
 from moe_dist.routing.types import Routing, Tokens
 
 
-class TopKRouter(nn.Module):
+class TopKRouter(Router):
     """Each token takes the `top_k` experts of highest score plus bias; its weights are the scores without bias."""
 
     def __init__(

@@ -23,7 +23,6 @@ WRONG = [
     (["training.optimizer.learning_rate=0"], "training.optimizer.learning_rate: 0 is not valid"),
     (["training.global_batch_size=10", "--ranks", "4"], "training.global_batch_size: 10 is not a multiple of the 4"),
     (["training.micro_batch_size=5"], "training.micro_batch_size: 5 does not divide 16"),
-    (["training.schedule.warmup_steps=101"], "training.schedule.warmup_steps: 101 is above training.steps = 100"),
     (["routing.top_k=9"], "routing.top_k: 9 is more than moe.num_experts = 8"),
     (["routing.capacity.factor=-1"], "routing.capacity.factor: -1 is not valid; it should be a number greater than 0"),
     (["routing.capacity.pad=true"], "routing.capacity.factor: required, but not given"),

@@ -1,0 +1,126 @@
+"""`moe-dist train`: as a worker under a launcher, or as the launcher of the ranks of this machine."""
+
+import json
+import logging
+import os
+import sys
+import time
+import traceback
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch.distributed.elastic.multiprocessing.api import SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+from moe_dist.config import Config, ConfigError, layout_of, load_config
+from moe_dist.config.layout import fewest_ranks
+from moe_dist.parallel.environment import Environment, read_environment
+from moe_dist.parallel.groups import process_group
+from moe_dist.parallel.memory import keep_freed_memory
+from moe_dist.training.data import TextData
+from moe_dist.training.folder import RunFolder, default_output, open_folder
+from moe_dist.training.loop import Training, TrainingError
+from moe_dist.training.summary import finish
+
+EXIT_STOPPED = 130
+"""Exit code of a run that Ctrl-C or SIGTERM stopped after it was saved."""
+
+
+def train(path: Path, overrides: list[str], num_ranks: int | None, output: Path | None, resume: bool) -> int:
+    """Run the command; returns the exit code. Raises ConfigError for a mistake found before anything has started."""
+    environment = read_environment()
+    if environment.launcher != "single":
+        return _work(load_config(path, overrides, environment.num_ranks), path, output, resume, environment)
+    if resume and output is None:
+        raise ConfigError("--resume: needs --output DIR, the folder of the run to go on with")
+    config = load_config(path, overrides, num_ranks)
+    num_ranks = num_ranks or max(fewest_ranks(config), torch.cuda.device_count())
+    config = load_config(path, overrides, num_ranks)
+    output = output or default_output(path)
+    open_folder(output, config, resume)
+    if num_ranks == 1:
+        return _work(config, path, output, resume, environment)
+    arguments = ["-m", "moe_dist", "train", str(path), *overrides, "--output", str(output)]
+    return _launch(num_ranks, [*arguments, "--resume"] if resume else arguments)
+
+
+def _launch(num_ranks: int, arguments: list[str]) -> int:
+    """Start the ranks by torch's elastic agent; if one fails, all end and its message is told."""
+    launch = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=num_ranks,
+        run_id="moe_dist",
+        rdzv_backend="c10d",
+        rdzv_endpoint="127.0.0.1:0",
+        max_restarts=0,
+    )
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # told below, in one message
+    try:
+        elastic_launch(launch, sys.executable)(*arguments)
+    except ChildFailedError as error:
+        return _tell_failure(error)
+    except SignalException as stopped:  # the ranks got the signal too, and have saved
+        return 128 + stopped.sigval
+    return 0
+
+
+def _tell_failure(error: ChildFailedError) -> int:
+    # A rank that was killed left no message, and the others fail after it for want of an answer: it comes first.
+    rank, failure = min(error.failures.items(), key=lambda item: (item[1].exitcode >= 0, item[1].timestamp))
+    details = failure.error_file_data.get("message", {})
+    text = details.get("extraInfo", {}).get("text") if isinstance(details, dict) else None
+    print(f"moe-dist: error: rank {rank}: {text or failure.message}", file=sys.stderr)
+    return 1
+
+
+def _work(config: Config, path: Path, output: Path | None, resume: bool, environment: Environment) -> int:
+    """Train as one rank; a failure is told once, by the agent that started the rank if there is one."""
+    try:
+        return _train_rank(config, path, output, resume, environment)
+    except Exception as error:
+        expected = isinstance(error, (ConfigError, TrainingError))
+        text = str(error) if expected else traceback.format_exc()
+        if error_file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+            details = {"message": str(error), "extraInfo": {"text": text, "timestamp": str(int(time.time()))}}
+            Path(error_file).write_text(json.dumps({"message": details}))
+        else:
+            print(f"moe-dist: error: rank {environment.rank}: {text}", file=sys.stderr, flush=True)
+        # At once: leaving the process group in good order would wait for ranks that wait for this one.
+        os._exit(1)
+
+
+def _train_rank(config: Config, path: Path, output: Path | None, resume: bool, environment: Environment) -> int:
+    keep_freed_memory()
+    layout = layout_of(config, environment.num_ranks)
+    with process_group(environment) as device:
+        folder = _agree_on_folder(output or default_output(path), config, resume)
+        if environment.rank == 0 and resume:
+            print(f"resuming {_origin(folder)}", flush=True)
+        training = Training(config, layout, device, TextData(config), folder)
+        progress = training.run()
+        if environment.rank == 0:
+            finish(training)
+    return EXIT_STOPPED if progress.stopped else 0
+
+
+def _origin(folder: RunFolder) -> str:
+    if folder.checkpoint is None:
+        return f"from the start: {folder.path} holds no complete checkpoint"
+    return f"from {folder.checkpoint}, after step {int(folder.checkpoint.name.removeprefix('step_'))}"
+
+
+def _agree_on_folder(output: Path, config: Config, resume: bool) -> RunFolder:
+    """Rank 0 looks at the folder, before any rank writes to it; all take its answer."""
+    answer: list[RunFolder | str | None] = [None]
+    if dist.get_rank() == 0:
+        try:
+            answer = [open_folder(output, config, resume)]
+        except ConfigError as error:
+            answer = [str(error)]
+    dist.broadcast_object_list(answer, src=0)
+    if not isinstance(answer[0], RunFolder):
+        raise ConfigError(str(answer[0]))
+    return answer[0]

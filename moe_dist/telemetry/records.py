@@ -1,0 +1,40 @@
+"""JSONL records: one object a line, flushed as it is written, so that a killed run leaves whole lines but the last."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+
+class RecordFile:
+    """A JSONL file whose lines carry a `step`."""
+
+    def __init__(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = path.open("a")
+
+    def write(self, record: dict[str, Any]) -> None:
+        """Append one line."""
+        self._file.write(json.dumps(record) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def read_records(path: Path) -> Iterator[dict[str, Any]]:
+    """The objects of a JSONL file, without a last line that was cut off."""
+    for line in path.read_text().splitlines():
+        try:
+            yield json.loads(line)
+        except json.JSONDecodeError:
+            return
+
+
+def truncate_records(path: Path, step: int) -> None:
+    """Drop the lines after `step`: a resumed run writes them again."""
+    if path.exists():
+        kept = [json.dumps(record) + "\n" for record in read_records(path) if record["step"] <= step]
+        partial = path.with_suffix(".partial")
+        partial.write_text("".join(kept))
+        partial.rename(path)

@@ -1,0 +1,78 @@
+"""Checkpoints: DIR/checkpoints/step_00000050, written under another name and renamed when complete.
+
+They are torch.distributed.checkpoint's, with one key per weight and expert (moe_dist.engines.state), so that a run can go
+on with any number of ranks, any expert map and either sharding. `run.json` beside the tensors tells what wrote them.
+"""
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+
+from moe_dist.config import Config, ConfigError, dump_config
+from moe_dist.config.layout import owner_of_expert
+from moe_dist.engines.native import NativeEngine
+from moe_dist.engines.state import get_updates, set_updates
+
+FORMAT = 1
+
+
+def save_checkpoint(folder: Path, engine: NativeEngine, config: Config, step: int) -> Path:
+    """Write the state after `step` steps; collective. The last `training.checkpoint.keep` checkpoints stay."""
+    final = folder / f"step_{step:08d}"
+    partial = folder / f"{final.name}.partial"
+    is_writer = dist.get_rank() == 0
+    if is_writer:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        (partial / "run.json").write_text(
+            json.dumps({"format": FORMAT, "step": step, "owner_of_expert": owner_of_expert(config)}, indent=1)
+        )
+        (partial / "config.yaml").write_text(dump_config(config))
+    dist.barrier()
+    state = engine.state() | {"optimizer.updates": get_updates(engine.optimizer)}
+    dcp.save(state, checkpoint_id=partial)
+    if is_writer:
+        shutil.rmtree(final, ignore_errors=True)
+        partial.rename(final)
+        for old in complete_checkpoints(folder)[: -config.training.checkpoint.keep]:
+            shutil.rmtree(old)
+    dist.barrier()
+    return final
+
+
+def load_checkpoint(checkpoint: Path, engine: NativeEngine) -> int:
+    """Read a checkpoint into the engine, whatever layout wrote it; collective. Returns its step.
+
+    Raises ConfigError if it was written by a run of another model.
+    """
+    about = json.loads((checkpoint / "run.json").read_text())
+    if about["format"] != FORMAT:
+        raise ConfigError(f"--resume: {checkpoint} has format {about['format']}; this version reads {FORMAT}")
+    updates = torch.zeros(())
+    state = engine.state() | {"optimizer.updates": updates}
+    _check_fits(checkpoint, state)
+    dcp.load(state, checkpoint_id=checkpoint)
+    set_updates(engine.optimizer, updates)
+    return about["step"]
+
+
+def complete_checkpoints(folder: Path) -> list[Path]:
+    """Checkpoints that were written to the end, oldest first."""
+    return sorted(path for path in folder.glob("step_*") if re.fullmatch(r"step_\d{8,}", path.name))
+
+
+def _check_fits(checkpoint: Path, state: dict[str, torch.Tensor]) -> None:
+    saved = dcp.FileSystemReader(checkpoint).read_metadata().state_dict_metadata
+    for name, tensor in state.items():
+        if name not in saved:
+            raise ConfigError(f"--resume: {checkpoint} has no {name}; it is of another model or optimiser")
+        shape = tuple(getattr(saved[name], "size", ()))
+        if shape != tuple(tensor.shape):
+            raise ConfigError(
+                f"--resume: {name} in {checkpoint} has shape {shape}, this config gives {tuple(tensor.shape)}"
+            )

@@ -1,0 +1,96 @@
+"""The lines of metrics.jsonl and load/rank_*.jsonl, made from a step's result and the layers' recorders.
+
+Shape letters: N MoE layers, E experts.
+"""
+
+import math
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from moe_dist.engines.native import NativeEngine, StepResult
+from moe_dist.routing.metrics import coefficient_of_variation, dead_experts, drop_rate, max_vio
+
+
+def metrics_record(
+    engine: NativeEngine,
+    result: StepResult,
+    losses: dict[str, float],
+    step: int,
+    tokens: int,
+    tokens_per_second: float,
+    learning_rate: float,
+) -> dict[str, Any]:
+    """The line of one step. `tokens`: trained so far."""
+    return {
+        "step": step,
+        "loss": result.loss,
+        "tokens": tokens,
+        "tokens_per_second": round(tokens_per_second, 1),
+        "grad_norm": result.grad_norm,
+        "learning_rate": learning_rate,
+        "skipped": result.skipped,
+        "losses": losses,
+        "balance": balance_record(engine, result),
+    }
+
+
+def balance_record(engine: NativeEngine, result: StepResult) -> dict[str, Any]:
+    """Balance of the step over all ranks: of each MoE layer, and the mean of the layers."""
+    load_NE, dropped_NE = result.load_NE.cpu(), result.dropped_NE.cpu()
+    bias_NE = torch.stack([balance.bias_E for balance in engine.balances]).cpu()
+    columns = {
+        "max_vio_batch": max_vio(load_NE),
+        "cv": coefficient_of_variation(load_NE),
+        "drop_rate": drop_rate(load_NE, dropped_NE),
+        "dead_experts": dead_experts(load_NE),
+        "bias_range": bias_NE.amax(1) - bias_NE.amin(1),
+    }
+    layers = {
+        str(layer): {name: column[n].item() for name, column in columns.items()}
+        for n, layer in enumerate(engine.recorders)
+    }
+    return {"mean": {name: column.double().mean().item() for name, column in columns.items()}, "layers": layers}
+
+
+def summed_losses(engine: NativeEngine) -> dict[str, float]:
+    """Auxiliary losses of the step as they join the main loss: over all layers and ranks. Collective."""
+    config = engine.config.routing.losses
+    names = [name for name in ("load_balance", "z") if getattr(config, name).coefficient]
+    if not names:
+        return {}
+    zero = torch.zeros((), dtype=torch.float64, device=engine.device)
+    totals = torch.stack(
+        [sum((r.losses.get(name, zero).double() for r in engine.recorders.values()), zero) for name in names]
+    )
+    dist.all_reduce(totals)
+    return dict(zip(names, totals.tolist(), strict=True))
+
+
+def load_record(engine: NativeEngine, step: int, num_steps: int) -> dict[str, Any]:
+    """What this rank did in the forward passes of the last `num_steps` steps, by MoE layer."""
+    layers = {}
+    for number, layer in engine.model.moe_layers.items():
+        recorder = engine.recorders[number]
+        layers[str(number)] = {
+            "experts": list(layer.own_experts),
+            "tokens": [recorder.rows_of_expert[place] for place in range(len(layer.own_experts))],
+            "rows_sent": recorder.rows_sent,
+            "rows_received": recorder.rows_received,
+            "bytes_sent": recorder.bytes_sent,
+            "seconds": {stage: round(seconds, 6) for stage, seconds in recorder.seconds().items()},
+        }
+    return {"step": step, "rank": dist.get_rank(), "steps": num_steps, "layers": layers}
+
+
+def evaluation_record(
+    step: int, loss_sum: float, num_targets: int, num_bytes: int, load_NE: torch.Tensor
+) -> dict[str, Any]:
+    """The line of an evaluation; MaxVio of the whole held-out set, mean of the layers."""
+    return {
+        "step": step,
+        "val_loss": loss_sum / max(1, num_targets),
+        "val_bits_per_byte": loss_sum / math.log(2) / max(1, num_bytes),
+        "max_vio_global": max_vio(load_NE.cpu()).mean().item(),
+    }

@@ -1,0 +1,98 @@
+"""What rank 0 shows: progress while the run goes on, then the load of every expert and rank.
+
+Shape letters: N MoE layers, E experts.
+"""
+
+import time
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from moe_dist.placement import ExpertMap
+from moe_dist.routing.metrics import max_vio, noise_floor
+
+MOST_EXPERTS = 16
+"""Experts up to which the table has a column each; above, it has the extremes of each rank."""
+
+
+class Screen:
+    """A progress bar on a terminal; a line for each record elsewhere."""
+
+    def __init__(self, num_steps: int, first_step: int) -> None:
+        self.console = Console(highlight=False)
+        self._progress = Progress(
+            TextColumn("step"),
+            MofNCompleteColumn(),
+            BarColumn(),
+            TextColumn("{task.fields[status]}"),
+            TimeRemainingColumn(),
+            console=self.console,
+            disable=not self.console.is_terminal,
+        )
+        self._task = self._progress.add_task("", total=num_steps, completed=first_step, status="")
+        self._began, self._first_step, self._num_steps = time.monotonic(), first_step, num_steps
+
+    def __enter__(self) -> "Screen":
+        self._progress.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._progress.stop()
+
+    def advance(self, step: int) -> None:
+        """After each step."""
+        self._progress.update(self._task, completed=step)
+
+    def show(self, record: dict[str, Any]) -> None:
+        """After each line of metrics.jsonl."""
+        if "val_loss" in record:
+            self.console.print(
+                f"step {record['step']}  held-out loss {record['val_loss']:.4f}  "
+                f"{record['val_bits_per_byte']:.3f} bits per byte  MaxVio_global {record['max_vio_global']:.2f}"
+            )
+            return
+        status = (
+            f"loss {record['loss']:.4f}  {record['tokens_per_second']:,.0f} tokens/s  "
+            f"MaxVio {record['balance']['mean']['max_vio_batch']:.2f}"
+        )
+        self._progress.update(self._task, status=status)
+        if not self.console.is_terminal:
+            self.console.print(
+                f"step {record['step']}/{self._num_steps}  {status}  {self._time_left(record['step'])} left"
+            )
+
+    def warn(self, message: str) -> None:
+        """A line above the progress bar."""
+        self.console.print(message, style="yellow")
+
+    def _time_left(self, step: int) -> str:
+        per_step = (time.monotonic() - self._began) / max(1, step - self._first_step)
+        minutes, seconds = divmod(round(per_step * (self._num_steps - step)), 60)
+        return f"{minutes}:{seconds:02d}"
+
+
+def load_table(load_NE: torch.Tensor, layers: list[int], expert_map: ExpertMap) -> Table:
+    """Load of every expert and rank over some steps, as a multiple of the mean (1.00 is balanced)."""
+    load_NE = load_NE.cpu().double()
+    relative_NE = load_NE / load_NE.mean(1, keepdim=True).clamp(min=1e-12)
+    few = expert_map.num_experts <= MOST_EXPERTS
+    table = Table(title="Load, 1.00 = balanced")
+    table.add_column("layer", justify="right")
+    for rank, experts in enumerate(expert_map.experts_of_rank):
+        table.add_column(f"rank {rank}", justify="right", style="bold")
+        for name in [f"e{expert}" for expert in experts] if few else ["least", "most"]:
+            table.add_column(name, justify="right")
+    table.add_column("MaxVio", justify="right")
+    for layer, relative_E, load_E in zip(layers, relative_NE, load_NE, strict=True):
+        cells = []
+        for experts in expert_map.experts_of_rank:
+            own = relative_E[list(experts)]
+            shown = own.tolist() if few else [own.min().item(), own.max().item()]
+            cells += [f"{value:.2f}" for value in (own.mean().item(), *shown)]
+        table.add_row(str(layer), *cells, f"{max_vio(load_E).item():.2f}")
+    floor = noise_floor(expert_map.num_experts, load_NE[0].sum().item())
+    table.caption = f"Uniformly random routing of as many tokens would have MaxVio {floor:.2f}"
+    return table

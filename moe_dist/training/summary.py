@@ -1,0 +1,65 @@
+"""How a run ended: summary.json and the last lines on screen."""
+
+import json
+import platform
+from typing import Any
+
+import torch
+
+from moe_dist import __version__
+from moe_dist.config.layout import owner_of_expert
+from moe_dist.config.size import size_of
+from moe_dist.placement import ExpertMap
+from moe_dist.telemetry.records import read_records
+from moe_dist.training.loop import Training
+from moe_dist.training.screen import load_table
+
+
+def summarise(training: Training) -> dict[str, Any]:
+    """The numbers of a run, from its records; on rank 0."""
+    config, progress = training.config, training.progress
+    records = list(read_records(training.folder.metrics))
+    steps = [r for r in records if "loss" in r]
+    evaluations = [r for r in records if "val_loss" in r]
+    last_tenth = [r for r in steps if r["step"] > config.training.steps - max(1, config.training.steps // 10)]
+    return {
+        "moe_dist": __version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "device": training.engine.device.type,
+        "precision": training.engine.precision,
+        "layout": vars(training.layout),
+        "parameters": vars(size_of(config)),
+        "step": progress.step,
+        "finished": progress.step == config.training.steps,
+        "skipped_steps": progress.skipped,
+        "seconds": round(progress.seconds, 3),
+        "loss": steps[-1]["loss"] if steps else None,
+        "max_vio_batch_last_tenth": _mean([r["balance"]["mean"]["max_vio_batch"] for r in last_tenth]),
+        "tokens_per_second": _mean([r["tokens_per_second"] for r in steps]),
+        "evaluation": evaluations[-1] if evaluations else None,
+    }
+
+
+def finish(training: Training) -> None:
+    """Write summary.json and show where a run ended; on rank 0, behind the progress bar."""
+    summary = summarise(training)
+    (training.folder.path / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
+    assert training.screen is not None
+    console = training.screen.console
+    if training.final_load_NE is not None:
+        expert_map = ExpertMap.from_owners(owner_of_expert(training.config))
+        console.print(load_table(training.final_load_NE, list(training.engine.model.moe_layers), expert_map))
+    if summary["evaluation"]:
+        evaluation = summary["evaluation"]
+        console.print(
+            f"held-out: {evaluation['val_bits_per_byte']:.3f} bits per byte, loss {evaluation['val_loss']:.4f}, "
+            f"MaxVio_global {evaluation['max_vio_global']:.3f}"
+        )
+    if training.progress.stopped:
+        console.print(f"stopped at step {training.progress.step} of {training.config.training.steps}; --resume goes on")
+    console.print(f"results in {training.folder.path}", soft_wrap=True)
+
+
+def _mean(values: list[float]) -> float | None:
+    return sum(values) / len(values) if values else None
