@@ -103,7 +103,8 @@ def _train_rank(config: Config, path: Path, output: Path | None, resume: bool, e
         progress = training.run()
         if environment.rank == 0:
             finish(training)
-    return EXIT_STOPPED if progress.stopped else 0
+    has_agent = "TORCHELASTIC_RUN_ID" in os.environ  # it tells of the signal itself, and would take this for a failure
+    return EXIT_STOPPED if progress.stopped and not has_agent else 0
 
 
 def _origin(folder: RunFolder) -> str:

@@ -137,6 +137,8 @@ class NativeEngine:
         with self._loads() as load_NE:
             for batch in batches:
                 loss_sum += self._loss(batch, share=0.0)
+        for module in self._sharded:
+            module.reshard()  # only backward would do so for the outermost one
         if self._all_ranks is not None:
             dist.all_reduce(loss_sum)
             dist.all_reduce(load_NE)

@@ -75,8 +75,17 @@ def _reorder(rows: torch.Tensor, sizes: list[int], order: list[int]) -> torch.Te
 BACKENDS: dict[str, Compute] = {"loop": compute_loop, "cpu": compute_cpu, "grouped_mm": compute_grouped}
 
 
-def choose_backend(name: str, device: torch.device) -> Compute:
-    """The backend that `moe.backend` names; `auto` takes the fast one of the device."""
+def choose_backend(name: str, device: torch.device, dtype: torch.dtype) -> Compute:
+    """The backend that `moe.backend` names; `auto` takes the fast one that the device has for rows of this dtype.
+
+    Raises ValueError if grouped_mm is asked for where torch has none.
+    """
+    on_gpu = device.type != "cpu"
+    grouped = dtype == torch.bfloat16 if on_gpu else dtype in (torch.bfloat16, torch.float32)
+    if name == "grouped_mm" and not grouped:
+        raise ValueError(
+            f"moe.backend: grouped_mm does not compute {dtype} on {device.type}; use auto, or training.precision: bfloat16"
+        )
     if name == "auto":
-        name = "cpu" if device.type == "cpu" else "grouped_mm"
+        name = "cpu" if not on_gpu else "grouped_mm" if grouped else "loop"
     return BACKENDS[name]

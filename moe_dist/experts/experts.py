@@ -42,7 +42,7 @@ class Experts(nn.Module):
 
     def forward(self, rows_RH: torch.Tensor, segments: Segments) -> torch.Tensor:
         w_in_LHG = self.w_gate_up if self.moe.activation == "swiglu" else self.w_up
-        compute = choose_backend(self.moe.backend, rows_RH.device)
+        compute = choose_backend(self.moe.backend, rows_RH.device, rows_RH.dtype)
         dtype = rows_RH.dtype
         return compute(rows_RH, segments, w_in_LHG.to(dtype), self.w_down.to(dtype), self.moe.activation)
 

@@ -32,10 +32,10 @@ class Attention(nn.Module):
         """[B, S, H] -> [B, S, H]. `mask_B1SS`: bool, True where a query may look, causality included; None: causal."""
         query, key, value = self.w_query(hidden_BSH), self.w_key(hidden_BSH), self.w_value(hidden_BSH)
         if self.qk_norm == "width":
-            query, key = self.query_norm(query), self.key_norm(key)
+            query, key = self._normed(query, key)
         query_BNSD, key_BMSD, value_BMSD = (self._split_heads(x) for x in (query, key, value))
         if self.qk_norm == "head":
-            query_BNSD, key_BMSD = self.query_norm(query_BNSD), self.key_norm(key_BMSD)
+            query_BNSD, key_BMSD = self._normed(query_BNSD, key_BMSD)
         cos_SD, sin_SD = rotary_angles(hidden_BSH.shape[1], self.head_size, self.rope_theta, query_BNSD)
         out_BNSD = functional.scaled_dot_product_attention(
             rotate(query_BNSD, cos_SD, sin_SD).to(value_BMSD.dtype),
@@ -46,6 +46,10 @@ class Attention(nn.Module):
             enable_gqa=self.num_kv_heads != self.num_heads,
         )
         return self.w_out(out_BNSD.transpose(1, 2).flatten(2))
+
+    def _normed(self, query: torch.Tensor, key: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        dtype = torch.promote_types(query.dtype, torch.float32)  # autocast may have made them bfloat16
+        return self.query_norm(query.to(dtype)), self.key_norm(key.to(dtype))
 
     def _split_heads(self, x_BSW: torch.Tensor) -> torch.Tensor:
         return x_BSW.unflatten(-1, (-1, self.head_size)).transpose(1, 2)

@@ -42,7 +42,7 @@ _LAUNCHERS = {
         "OMPI_COMM_WORLD_LOCAL_RANK",
         ("OMPI_COMM_WORLD_LOCAL_SIZE",),
     ),
-    "slurm": ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID", ("SLURM_NTASKS_PER_NODE", "SLURM_STEP_TASKS_PER_NODE")),
+    "slurm": ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID", ("SLURM_STEP_TASKS_PER_NODE", "SLURM_NTASKS_PER_NODE")),
 }
 
 
@@ -52,24 +52,34 @@ def read_environment(variables: Mapping[str, str] = os.environ) -> Environment:
     Raises ValueError if a launcher set only some of what it should.
     """
     for launcher, (rank, size, local_rank, local_sizes) in _LAUNCHERS.items():
-        if rank not in variables or size not in variables:
+        if rank not in variables:
             continue
         if launcher == "slurm" and "SLURM_STEP_ID" not in variables:
             continue  # inside salloc, but not started by srun
-        if local_rank not in variables:
-            raise ValueError(f"{local_rank}: not set, though {rank} is; start the ranks by torchrun, deepspeed or srun")
+        for name in (size, local_rank):
+            if name not in variables:
+                raise ValueError(f"{name}: not set, though {rank} is; start the ranks by torchrun, deepspeed or srun")
         local_size = next((variables[name] for name in local_sizes if name in variables), variables[size])
         address, port = _master(launcher, variables)
         return Environment(
             rank=int(variables[rank]),
             num_ranks=int(variables[size]),
             local_rank=int(variables[local_rank]),
-            local_num_ranks=int(local_size.split("(")[0]),  # SLURM writes 4(x2) for two nodes of 4
+            local_num_ranks=_of_node(local_size, int(variables.get("SLURM_NODEID", "0"))),
             master_address=address,
             master_port=port,
             launcher=launcher,
         )
     return Environment(0, 1, 0, 1, "127.0.0.1", 0, "single")
+
+
+def _of_node(counts: str, node: int) -> int:
+    """The count of one node, where SLURM writes 4(x2),3 for nodes of 4, 4 and 3 ranks; one number holds for all nodes."""
+    each: list[int] = []
+    for part in counts.split(","):
+        count, _, times = part.rstrip(")").partition("(x")
+        each += [int(count)] * int(times or 1)
+    return each[min(node, len(each) - 1)]
 
 
 def _master(launcher: str, variables: Mapping[str, str]) -> tuple[str, int]:

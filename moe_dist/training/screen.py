@@ -14,8 +14,8 @@ from rich.table import Table
 from moe_dist.placement import ExpertMap
 from moe_dist.routing.metrics import max_vio, noise_floor
 
-MOST_EXPERTS = 16
-"""Experts up to which the table has a column each; above, it has the extremes of each rank."""
+MOST_ROWS = 32
+"""Experts up to which each has a row in the table."""
 
 
 class Screen:
@@ -75,24 +75,26 @@ class Screen:
 
 
 def load_table(load_NE: torch.Tensor, layers: list[int], expert_map: ExpertMap) -> Table:
-    """Load of every expert and rank over some steps, as a multiple of the mean (1.00 is balanced)."""
-    load_NE = load_NE.cpu().double()
-    relative_NE = load_NE / load_NE.mean(1, keepdim=True).clamp(min=1e-12)
-    few = expert_map.num_experts <= MOST_EXPERTS
-    table = Table(title="Load, 1.00 = balanced")
-    table.add_column("layer", justify="right")
+    """Load of every rank and expert (a row each) in every layer, as a multiple of the mean: 1.00 is balanced.
+
+    With many experts a rank has one row with the mean, the least and the most of its experts.
+    """
+    load_NE = load_NE.cpu()
+    relative_NE = load_NE / load_NE.double().mean(1, keepdim=True).clamp(min=1e-12)
+    table = Table(title="Load (1.00 = balanced)")
+    for heading in ("rank", "expert", *(f"layer {layer}" for layer in layers)):
+        table.add_column(heading, justify="right")
     for rank, experts in enumerate(expert_map.experts_of_rank):
-        table.add_column(f"rank {rank}", justify="right", style="bold")
-        for name in [f"e{expert}" for expert in experts] if few else ["least", "most"]:
-            table.add_column(name, justify="right")
-    table.add_column("MaxVio", justify="right")
-    for layer, relative_E, load_E in zip(layers, relative_NE, load_NE, strict=True):
-        cells = []
-        for experts in expert_map.experts_of_rank:
-            own = relative_E[list(experts)]
-            shown = own.tolist() if few else [own.min().item(), own.max().item()]
-            cells += [f"{value:.2f}" for value in (own.mean().item(), *shown)]
-        table.add_row(str(layer), *cells, f"{max_vio(load_E).item():.2f}")
+        own_NL = relative_NE[:, list(experts)]
+        if expert_map.num_experts > MOST_ROWS:
+            cells = [f"{own_L.mean():.2f} ({own_L.min():.2f} to {own_L.max():.2f})" for own_L in own_NL]
+            table.add_row(str(rank), f"{len(experts)} experts", *cells)
+            continue
+        table.add_row(str(rank), "all", *(f"{own_L.mean():.2f}" for own_L in own_NL), style="bold")
+        for place, expert in enumerate(experts):
+            table.add_row("", str(expert), *(f"{value:.2f}" for value in own_NL[:, place].tolist()))
+        table.add_section()
+    table.add_row("", "MaxVio", *(f"{value:.2f}" for value in max_vio(load_NE).tolist()))
     floor = noise_floor(expert_map.num_experts, load_NE[0].sum().item())
-    table.caption = f"Uniformly random routing of as many tokens would have MaxVio {floor:.2f}"
+    table.caption = f"Uniformly random choices would give MaxVio {floor:.2f}"
     return table

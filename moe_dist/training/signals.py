@@ -5,25 +5,24 @@ from types import FrameType
 
 
 class StopRequest:
-    """Becomes set by SIGINT or SIGTERM while the block runs; a second signal acts as usual."""
+    """Becomes set by SIGINT or SIGTERM while the block runs.
+
+    A second Ctrl-C ends the process at once. A second SIGTERM does nothing: launchers pass on one that the scheduler has
+    also sent directly.
+    """
 
     def __init__(self) -> None:
         self.is_set = False
-        self._handlers: dict[int, object] = {}
 
     def __enter__(self) -> "StopRequest":
-        for number in (signal.SIGINT, signal.SIGTERM):
-            self._handlers[number] = signal.signal(number, self._note)
+        self._handlers = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self._restore()
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.is_set = True
-        self._restore()
-
-    def _restore(self) -> None:
-        for number, handler in self._handlers.items():
-            signal.signal(number, handler)  # type: ignore[arg-type]
-        self._handlers.clear()
+        if number == signal.SIGINT:
+            signal.signal(number, signal.default_int_handler)
