@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from moe_dist.config.checks import check_routing
 from moe_dist.config.schema import MoEConfig, RoutingConfig
 from moe_dist.dispatch import AllToAllDispatcher
 from moe_dist.experts import Experts, FeedForward
@@ -47,11 +48,10 @@ class MoELayer(nn.Module):
             expert_map: which rank owns which expert; default contiguous blocks.
 
         Raises:
-            ValueError: if the group does not divide the experts and no map is given.
+            ValueError: if the routing does not fit the experts, or the group does not divide them and no map is given.
         """
         super().__init__()
-        if routing.top_k > moe.num_experts:
-            raise ValueError(f"routing.top_k: {routing.top_k} is more than moe.num_experts = {moe.num_experts}")
+        check_routing(routing, moe.num_experts)
         ranks = dist.get_world_size(expert_parallel_group) if expert_parallel_group is not None else 1
         rank = dist.get_rank(expert_parallel_group) if expert_parallel_group is not None else 0
         self.expert_map = expert_map or ExpertMap.contiguous(moe.num_experts, ranks)

@@ -91,6 +91,10 @@ class Batch:
         padding = None if self.padding_BS is None else self.padding_BS[rows]
         return Batch(self.hidden_BSH[rows], self.target_BSH[rows], self.weight_BS[rows], padding)
 
+    @property
+    def num_tokens(self) -> int:
+        return self.weight_BS.numel() if self.padding_BS is None else int((~self.padding_BS).sum())
+
 
 @dataclass(frozen=True)
 class Result:
@@ -130,11 +134,11 @@ def gradients_by_name(layer: MoELayer) -> dict[str, torch.Tensor]:
     return gradients
 
 
-def step(layer: MoELayer, batch: Batch, case: Case, group: dist.ProcessGroup | None, num_ranks: int) -> Result:
-    """One optimiser step's forward and backward on one rank's part of the batch."""
+def step(layer: MoELayer, batch: Batch, case: Case, share: float = 1, group: dist.ProcessGroup | None = None) -> Result:
+    """One optimiser step's forward and backward on one rank's part of the batch; `share` is its part of the tokens."""
     hidden, losses = batch.hidden_BSH.clone().requires_grad_(), {}
     padding = None if batch.padding_BS is None else batch.padding_BS.flatten()
-    tokens = Tokens(num_sequences=len(hidden), padding_T=padding, share=1 / num_ranks)
+    tokens = Tokens(num_sequences=len(hidden), padding_T=padding, share=share)
     layer.router.register_forward_hook(lambda _, __, routing: losses.update(routing.losses))
     out = checkpoint(layer, hidden, tokens, use_reentrant=False) if case.checkpointed else layer(hidden, tokens)
     (batch.weight_BS[..., None] * (out - batch.target_BSH) ** 2).sum().backward()
@@ -145,7 +149,7 @@ def step(layer: MoELayer, batch: Batch, case: Case, group: dist.ProcessGroup | N
         out_BSH=out.detach(),
         d_hidden_BSH=hidden.grad,
         gradients=gradients_by_name(layer),
-        losses={name: loss.item() / num_ranks for name, loss in losses.items()},
+        losses={name: loss.item() * share for name, loss in losses.items()},
         load_E=load_NE[0],
         dropped_E=dropped_NE[0],
         bias_E=balance.bias_E,
@@ -161,7 +165,8 @@ def step_of_rank(case: Case, layout: Layout, batch: Batch) -> Result:
         data_parallel_group=data,
         expert_map=layout.expert_map,
     )
-    return step(layer, batch.part(dist.get_rank(), layout.num_ranks), case, data, layout.num_ranks)
+    part = batch.part(dist.get_rank(), layout.num_ranks)
+    return step(layer, part, case, part.num_tokens / batch.num_tokens, data)
 
 
 def whole(results: list[Result]) -> Result:
@@ -196,17 +201,18 @@ def assert_same(actual: Result, expected: Result, tolerance: float = 1e-12) -> N
 def test_every_layout_gives_the_same(name: str, layout: str) -> None:
     """Outputs, losses, loads, drops, the next bias, and the gradient of the input and of every parameter."""
     case, batch = CASES[name], make_batch()
-    alone = step(make_layer(case), batch, case, None, 1)
+    alone = step(make_layer(case), batch, case)
     assert sum(not grad.any() for grad in alone.gradients.values()) <= 3  # of one expert without targets
     assert (alone.dropped_E.sum() > 0) == ("capacity" in case.routing)
     assert_same(whole(run_ranks(LAYOUTS[layout].num_ranks, step_of_rank, case, LAYOUTS[layout], batch)), alone)
 
 
-@pytest.mark.parametrize("layout", ["expert 2", "expert 4"])
-def test_a_rank_with_nothing_but_padding(layout: str) -> None:
-    """And other ranks with some padding. Without a loss by tokens, whose shares would not be equal."""
-    case, batch = Case(SHARED, {"score": "sigmoid"}), make_batch(padded=True)
-    alone = step(make_layer(case), batch, case, None, 1)
+@pytest.mark.parametrize("layout", ["data 2", "expert 2", "expert 4"])
+@pytest.mark.parametrize("name", ["dropless", "global loss", "packed capacity", "padded capacity"])
+def test_another_number_of_real_tokens_on_each_rank(name: str, layout: str) -> None:
+    """Of four ranks, one has nothing but padding. Losses are weighted by each rank's share of the real tokens."""
+    case, batch = CASES[name], make_batch(padded=True)
+    alone = step(make_layer(case), batch, case)
     assert_same(whole(run_ranks(LAYOUTS[layout].num_ranks, step_of_rank, case, LAYOUTS[layout], batch)), alone)
 
 
@@ -226,7 +232,7 @@ def step_with_an_idle_rank(case: Case, batch: Batch) -> Result:
 
 def test_a_rank_with_no_tokens() -> None:
     case, batch = Case(SHARED, ALL_ON), make_batch()
-    alone = step(make_layer(case), batch, case, None, 1)
+    alone = step(make_layer(case), batch, case)
     shared = whole(run_ranks(2, step_with_an_idle_rank, case, batch))
     assert_same(
         dataclasses.replace(

@@ -24,9 +24,6 @@ from moe_dist.training.folder import RunFolder, default_output, open_folder
 from moe_dist.training.loop import Training, TrainingError
 from moe_dist.training.summary import finish
 
-EXIT_STOPPED = 130
-"""Exit code of a run that Ctrl-C or SIGTERM stopped after it was saved."""
-
 
 def train(path: Path, overrides: list[str], num_ranks: int | None, output: Path | None, resume: bool) -> int:
     """Run the command; returns the exit code. Raises ConfigError for a mistake found before anything has started."""
@@ -57,7 +54,9 @@ def _launch(num_ranks: int, arguments: list[str]) -> int:
         rdzv_endpoint="127.0.0.1:0",
         max_restarts=0,
     )
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # told below, in one message
+    for name in logging.root.manager.loggerDict:
+        if name.startswith("torch.distributed.elastic"):
+            logging.getLogger(name).setLevel(logging.CRITICAL)  # told below, in one message
     try:
         elastic_launch(launch, sys.executable)(*arguments)
     except ChildFailedError as error:
@@ -104,7 +103,7 @@ def _train_rank(config: Config, path: Path, output: Path | None, resume: bool, e
         if environment.rank == 0:
             finish(training)
     has_agent = "TORCHELASTIC_RUN_ID" in os.environ  # it tells of the signal itself, and would take this for a failure
-    return EXIT_STOPPED if progress.stopped and not has_agent else 0
+    return 128 + progress.stopped if progress.stopped and not has_agent else 0
 
 
 def _origin(folder: RunFolder) -> str:

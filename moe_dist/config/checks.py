@@ -7,7 +7,7 @@ from typing import Any
 
 from moe_dist.config.errors import ConfigError, show
 from moe_dist.config.layout import fewest_ranks, layout_of, moe_layers
-from moe_dist.config.schema import Config, DataConfig, SequenceGroup
+from moe_dist.config.schema import CapacityConfig, Config, DataConfig, RoutingConfig, SequenceGroup
 from moe_dist.config.support import ENGINES, IMPLEMENTED, SUPPORT, engines_offering
 
 BYTE_VOCABULARY = 257
@@ -16,8 +16,14 @@ BYTE_VOCABULARY = 257
 
 def check(config: Config, num_ranks: int | None = None) -> None:
     """Raise ConfigError with every problem found, one a line."""
-    parts = (_engine, _model, _routing, _data, _training, _without_effect)
-    problems = [problem for part in parts for problem in part(config)]
+    problems = [
+        *_engine(config),
+        *_model(config),
+        *_routing(config.routing, config.moe.num_experts),
+        *_data(config),
+        *_training(config),
+        *_without_effect(config),
+    ]
     problems = problems or list(_ranks(config, num_ranks))  # the arithmetic of ranks presumes that the rest is right
     if problems:
         raise ConfigError("\n".join(problems))
@@ -65,8 +71,13 @@ def _model(config: Config) -> Iterator[str]:
         )
 
 
-def _routing(config: Config) -> Iterator[str]:
-    routing, num_experts = config.routing, config.moe.num_experts
+def check_routing(routing: RoutingConfig, num_experts: int) -> None:
+    """The checks of a layer that is used without a whole Config. Raises ConfigError."""
+    if problems := list(_routing(routing, num_experts)):
+        raise ConfigError("\n".join(problems))
+
+
+def _routing(routing: RoutingConfig, num_experts: int) -> Iterator[str]:
     if routing.top_k > num_experts:
         yield f"routing.top_k: {routing.top_k} is more than moe.num_experts = {num_experts}; use at most that"
     if routing.top_k == 1 and routing.score == "softmax_top_k":
@@ -76,12 +87,10 @@ def _routing(config: Config) -> Iterator[str]:
     elif routing.renormalise and routing.score == "softmax_top_k":
         yield "routing.renormalise: true has no effect with routing.score: softmax_top_k, which sums to 1; use false"
     if routing.capacity and routing.top_k <= num_experts:
-        yield from _capacity(config)
+        yield from _capacity(routing, routing.capacity)
 
 
-def _capacity(config: Config) -> Iterator[str]:
-    routing, capacity = config.routing, config.routing.capacity
-    assert capacity is not None
+def _capacity(routing: RoutingConfig, capacity: CapacityConfig) -> Iterator[str]:
     if routing.group == "global":
         yield "routing.group: 'global' is not offered for routing.capacity; use {sequences: n} or rank"
     if capacity.renormalise and routing.top_k == 1:

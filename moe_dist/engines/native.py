@@ -147,26 +147,28 @@ class NativeEngine:
 
     @torch.no_grad()
     def first_nonfinite(self, batches: list[Batch]) -> str:
-        """The part of the model, in the order of the forward pass, whose output is the first that is not finite."""
-        found: list[str] = []
-
-        def check(name: str) -> RemovableHandle:
-            def hook(module: nn.Module, args: object, output: torch.Tensor) -> None:
-                if not found and not output.isfinite().all():
-                    found.append(f"the output of {name}")
-
-            return self.model.get_submodule(name).register_forward_hook(hook)
-
+        """The first part of the model, in the order of the forward pass, whose output is not finite on some rank."""
         parts = ("attention", "moe", "ffn")
-        names = [
+        layers = [
             f"layers.{i}.{p}" for i, b in enumerate(self.model.blocks()) for p in parts if getattr(b, p) is not None
         ]
-        handles = [check(name) for name in ("embedding", *names, "norm")]
+        names = ["embedding", *layers, "norm"]
+        first = torch.tensor(len(names))  # place in names
+
+        def check(place: int) -> RemovableHandle:
+            def hook(module: nn.Module, args: object, output: torch.Tensor) -> None:
+                if not output.isfinite().all():
+                    first.clamp_(max=place)
+
+            return self.model.get_submodule(names[place]).register_forward_hook(hook)
+
+        handles = [check(place) for place in range(len(names))]
         for batch in batches:
             self._loss(batch, share=0.0)
         for handle in handles:
             handle.remove()
-        return found[0] if found else "a gradient, while all outputs are finite"
+        dist.all_reduce(first, op=dist.ReduceOp.MIN)
+        return f"the output of {names[first]}" if first < len(names) else "a gradient, while all outputs are finite"
 
     def _loss(self, batch: Batch, share: float) -> torch.Tensor:
         """Cross-entropy summed over the targets of a micro-batch."""

@@ -7,10 +7,11 @@ written once instead of once per expert. Only the rows and the first GEMM's outp
 Shape letters: R rows, H hidden, L experts on this rank, F FFN width, G width of the first GEMM (2F for SwiGLU).
 """
 
-from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
+from torch.nn import functional
 
 from moe_dist.dispatch.types import Segments
 
@@ -39,54 +40,94 @@ class _Experts(torch.autograd.Function):
         activation: Literal["swiglu", "gelu"],
     ) -> torch.Tensor:
         rows_RH = rows_RH.contiguous()
-        pre_RG = rows_RH.new_empty(len(rows_RH), w_in_LHG.shape[2])
-        out_RH = torch.empty_like(rows_RH)
-        scratch_F = _scratch(segments, rows_RH, w_out_LFH.shape[1])
-        for rows, e in _blocks(segments):
-            torch.mm(rows_RH[rows], w_in_LHG[e], out=pre_RG[rows])
-            active = scratch_F[: rows.stop - rows.start]
-            _activate(pre_RG[rows], active, activation)
-            torch.mm(active, w_out_LFH[e], out=out_RH[rows])
+        blocks = _blocks(segments, rows_RH.dtype)
+        pre_RG = _with_slack(rows_RH, w_in_LHG.shape[2])
+        out_RH = _with_slack(rows_RH, rows_RH.shape[1])
+        (scratch_F,) = _scratch(blocks, rows_RH, [w_out_LFH.shape[1]])
+        for block in blocks:
+            torch.mm(_window(rows_RH, block), w_in_LHG[block.expert], out=pre_RG[block.window])
+            _activate(pre_RG[block.rows], scratch_F[: block.size], activation)
+            torch.mm(scratch_F[: block.padded], w_out_LFH[block.expert], out=out_RH[block.window])
         ctx.segments, ctx.activation = segments, activation
         ctx.save_for_backward(rows_RH, pre_RG, w_in_LHG, w_out_LFH)
-        return out_RH
+        return out_RH[: len(rows_RH)]
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, None, None]:
         rows_RH, pre_RG, w_in_LHG, w_out_LFH = ctx.saved_tensors
         grad_RH = grads[0].contiguous()
-        d_rows_RH = torch.empty_like(rows_RH)
+        blocks = _blocks(ctx.segments, rows_RH.dtype)
+        d_rows_RH = _with_slack(rows_RH, rows_RH.shape[1])
         d_w_in, d_w_out = torch.empty_like(w_in_LHG), torch.empty_like(w_out_LFH)
-        width = w_out_LFH.shape[1]
-        active_F, d_active_F = (_scratch(ctx.segments, rows_RH, width) for _ in range(2))
-        d_pre_G = _scratch(ctx.segments, rows_RH, pre_RG.shape[1])
+        widths = [w_out_LFH.shape[1], w_out_LFH.shape[1], pre_RG.shape[1]]
+        active_F, d_active_F, d_pre_G = _scratch(blocks, rows_RH, widths)
         seen: set[int] = set()
-        for rows, e in _blocks(ctx.segments):
-            n = rows.stop - rows.start
-            active, d_active, d_pre = active_F[:n], d_active_F[:n], d_pre_G[:n]
-            torch.mm(grad_RH[rows], w_out_LFH[e].t(), out=d_active)
-            _activate_backward(pre_RG[rows], d_active, active, d_pre, ctx.activation)
-            torch.mm(d_pre, w_in_LHG[e].t(), out=d_rows_RH[rows])
-            _add_product(active, grad_RH[rows], d_w_out[e], first=e not in seen)
-            _add_product(rows_RH[rows], d_pre, d_w_in[e], first=e not in seen)
+        for block in blocks:
+            e, size, padded = block.expert, block.size, block.padded
+            grad = _window(grad_RH, block)
+            torch.mm(grad, w_out_LFH[e].t(), out=d_active_F[:padded])
+            _activate_backward(pre_RG[block.rows], d_active_F[:size], active_F[:size], d_pre_G[:size], ctx.activation)
+            # What a window holds behind its own rows must not reach the weights.
+            active_F[size:padded].zero_()
+            d_pre_G[size:padded].zero_()
+            torch.mm(d_pre_G[:padded], w_in_LHG[e].t(), out=d_rows_RH[block.window])
+            _add_product(active_F[:padded], grad, d_w_out[e], first=e not in seen)
+            _add_product(_window(rows_RH, block), d_pre_G[:padded], d_w_in[e], first=e not in seen)
             seen.add(e)
         for e in set(range(len(w_in_LHG))) - seen:
             d_w_in[e].zero_()
             d_w_out[e].zero_()
-        return d_rows_RH, d_w_in, d_w_out, None, None
+        return d_rows_RH[: len(rows_RH)], d_w_in, d_w_out, None, None
 
 
-def _blocks(segments: Segments) -> Iterator[tuple[slice, int]]:
-    """The rows and the expert of each segment that has rows."""
-    start = 0
+# oneDNN builds a new kernel for each number of rows it meets in a bfloat16 product, which takes longer than the product.
+# Rounded up, few numbers of rows occur. A window of rows then reaches into the next segment, whose own products come
+# later and write those rows again; behind the last segment lies some slack.
+_ROUND_ROWS = {torch.bfloat16: 32}
+
+
+@dataclass(frozen=True)
+class _Block:
+    """The rows of one segment, and the window of a rounded number of rows that begins with them."""
+
+    start: int
+    size: int
+    padded: int
+    expert: int
+
+    @property
+    def rows(self) -> slice:
+        return slice(self.start, self.start + self.size)
+
+    @property
+    def window(self) -> slice:
+        return slice(self.start, self.start + self.padded)
+
+
+def _blocks(segments: Segments, dtype: torch.dtype) -> list[_Block]:
+    """A block for each segment that has rows."""
+    blocks, start, multiple = [], 0, _ROUND_ROWS.get(dtype, 1)
     for size, expert in zip(segments.sizes, segments.experts, strict=True):
         if size:
-            yield slice(start, start + size), expert
+            blocks.append(_Block(start, size, -(-size // multiple) * multiple, expert))
         start += size
+    return blocks
 
 
-def _scratch(segments: Segments, like: torch.Tensor, width: int) -> torch.Tensor:
-    return like.new_empty(max(segments.sizes, default=0), width)
+def _with_slack(rows_RH: torch.Tensor, width: int) -> torch.Tensor:
+    return rows_RH.new_empty(len(rows_RH) + _ROUND_ROWS.get(rows_RH.dtype, 1) - 1, width)
+
+
+def _window(rows_RH: torch.Tensor, block: _Block) -> torch.Tensor:
+    """The rows of a window, zeros where it reaches behind the last row."""
+    missing = block.window.stop - len(rows_RH)
+    return rows_RH[block.window] if missing <= 0 else functional.pad(rows_RH[block.start :], (0, 0, 0, missing))
+
+
+def _scratch(blocks: list[_Block], like: torch.Tensor, widths: list[int]) -> list[torch.Tensor]:
+    """One buffer for each width, with rows for the largest block; while a block is computed they stay in cache."""
+    num_rows = max((block.padded for block in blocks), default=0)
+    return [like.new_empty(num_rows, width) for width in widths]
 
 
 def _add_product(x: torch.Tensor, y: torch.Tensor, out: torch.Tensor, first: bool) -> None:

@@ -50,4 +50,5 @@ class Routing:
     losses: dict[str, torch.Tensor] = field(default_factory=dict)
     """Auxiliary losses of this micro-batch, coefficients included: means over its tokens."""
     pairs_per_expert: int | None = None
-    """Set only where every rank sends exactly this many slots to every expert; pairs left over are empty rows."""
+    """Set only where every rank sends exactly this many slots to every expert; slots without a pair are empty rows. Ranks of
+    an expert-parallel group must then agree on it, so hold equally many tokens (padding counts)."""

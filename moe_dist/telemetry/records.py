@@ -1,13 +1,14 @@
 """JSONL records: one object a line, flushed as it is written, so that a killed run leaves whole lines but the last."""
 
 import json
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 
 class RecordFile:
-    """A JSONL file whose lines carry a `step`."""
+    """A JSONL file whose lines carry a `step`. Numbers that are not finite become null: JSON has no others."""
 
     def __init__(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -15,7 +16,7 @@ class RecordFile:
 
     def write(self, record: dict[str, Any]) -> None:
         """Append one line."""
-        self._file.write(json.dumps(record) + "\n")
+        self._file.write(json.dumps(_finite(record)) + "\n")
         self._file.flush()
 
     def close(self) -> None:
@@ -38,3 +39,11 @@ def truncate_records(path: Path, step: int) -> None:
         partial = path.with_suffix(".partial")
         partial.write_text("".join(kept))
         partial.rename(path)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

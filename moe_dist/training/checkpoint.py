@@ -76,3 +76,12 @@ def _check_fits(checkpoint: Path, state: dict[str, torch.Tensor]) -> None:
             raise ConfigError(
                 f"--resume: {name} in {checkpoint} has shape {shape}, this config gives {tuple(tensor.shape)}"
             )
+    known = {_of_any_expert(name) for name in state}
+    for name in sorted(saved, key=lambda name: not name.startswith("model.")):  # weights first
+        if _of_any_expert(name) not in known:
+            raise ConfigError(f"--resume: {checkpoint} has {name} as well; it is of another model or optimiser")
+
+
+def _of_any_expert(name: str) -> str:
+    """The name without the number of the expert: a rank's state has only its own experts."""
+    return re.sub(r"\.experts\.\d+\.", ".experts.", name)

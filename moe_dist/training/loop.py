@@ -3,6 +3,7 @@
 Shape letters: N MoE layers, E experts.
 """
 
+import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -34,8 +35,8 @@ class Progress:
 
     step: int
     """Steps done."""
-    stopped: bool = False
-    """A signal ended the run before its last step."""
+    stopped: int = 0
+    """The signal that ended the run before its last step (SIGTERM, where only other ranks got it); 0: none did."""
     skipped: int = 0
     """Steps skipped since the run was started or resumed, because loss or gradient was not finite."""
     seconds: float = 0.0
@@ -68,10 +69,10 @@ class Training:
             while progress.step < num_steps:
                 batches = self.data.micro_batches(progress.step, self.engine.data_rank, self.layout)
                 num_targets, num_tokens, stop_requests = self.engine.sum_over_ranks(
-                    [sum(b.num_targets() for b in batches), sum(b.num_tokens() for b in batches), int(stop.is_set)]
+                    [sum(b.num_targets() for b in batches), sum(b.num_tokens() for b in batches), stop.number]
                 )
                 if stop_requests:
-                    progress.stopped = True
+                    progress.stopped = stop.number or signal.SIGTERM
                     break
                 self._step(batches, num_targets, num_tokens)
             if self._saved_step != progress.step:
@@ -112,16 +113,16 @@ class Training:
 
     def _record(self, result: StepResult, rate: float) -> None:
         step, seconds = self.progress.step, self.progress.seconds
+        num_steps, duration = step - self._recorded[0], seconds - self._recorded[1]
+        self._recorded = (step, seconds)
         losses = summed_losses(self.engine)
-        self.load_records.write(load_record(self.engine, step, step - self._recorded[0]))
+        self.load_records.write(load_record(self.engine, step, num_steps))
         for recorder in self.engine.recorders.values():
             recorder.reset()
-        if self.metrics is None:
-            return
         tokens_per_step = self.config.training.global_batch_size * self.config.training.sequence_length
-        speed = (step - self._recorded[0]) * tokens_per_step / (seconds - self._recorded[1])
-        self._recorded = (step, seconds)
-        self._write(metrics_record(self.engine, result, losses, step, step * tokens_per_step, speed, rate))
+        speed = num_steps * tokens_per_step / duration
+        if self.metrics is not None:
+            self._write(metrics_record(self.engine, result, losses, step, step * tokens_per_step, speed, rate))
 
     def _evaluate(self) -> None:
         num_tokens = self.config.training.evaluation.tokens

@@ -5,14 +5,15 @@ from types import FrameType
 
 
 class StopRequest:
-    """Becomes set by SIGINT or SIGTERM while the block runs.
+    """Notes SIGINT and SIGTERM while the block runs.
 
     A second Ctrl-C ends the process at once. A second SIGTERM does nothing: launchers pass on one that the scheduler has
     also sent directly.
     """
 
     def __init__(self) -> None:
-        self.is_set = False
+        self.number = 0
+        """The signal; 0 before it comes."""
 
     def __enter__(self) -> "StopRequest":
         self._handlers = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -23,6 +24,6 @@ class StopRequest:
             signal.signal(number, handler)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        self.is_set = True
+        self.number = number
         if number == signal.SIGINT:
             signal.signal(number, signal.default_int_handler)

@@ -37,7 +37,10 @@ MESSAGES = [
     ({"training": {"steps": 2.0}}, "training.steps: 2.0 is not valid; it should be an integer greater than 0"),
     ({"training": {"steps": "1e3"}}, "training.steps: '1e3' is not valid; it should be an integer greater than 0"),
     ({"training": {"steps": None}}, "training.steps: null is not valid; it should be an integer greater than 0"),
-    ({"training": {"seed": True}}, "training.seed: true is not valid; it should be an integer from 0 to 9223372036854775807"),
+    (
+        {"training": {"seed": True}},
+        "training.seed: true is not valid; it should be an integer of at least 0 and at most 9223372036854775807",
+    ),
     (
         {"model": {"rope_theta": -1.5}},
         "model.rope_theta: -1.5 is not valid; it should be a number greater than 0",

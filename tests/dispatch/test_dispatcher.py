@@ -1,6 +1,7 @@
 """Dispatch and combine against a dense oracle: for each pair, weight times the expert's function of the token.
 
-The functions f_e(x) = cos(x W_e) are not zero at zero, so that an empty slot that reached a token would show.
+The functions f_e(x) = cos(x W_e + b_e) are not zero at zero, so that an empty slot that reached a token would show, and
+so would a gradient that reached an empty slot, in b_e.
 
 Shape letters: T tokens, H hidden, E experts, P pairs, R rows.
 """
@@ -83,7 +84,12 @@ def random_shares(num_ranks: int, seed: int = 0) -> list[Share]:
 
 
 def expert_weight(expert: int) -> torch.Tensor:
-    return torch.randn(H, H, dtype=torch.float64, generator=torch.Generator().manual_seed(1000 + expert))
+    """W_e, and b_e as its last row."""
+    return torch.randn(H + 1, H, dtype=torch.float64, generator=torch.Generator().manual_seed(1000 + expert))
+
+
+def expert_of(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    return torch.cos(x @ weight[:-1] + weight[-1])
 
 
 def routing_of(share: Share, weight_on: Any, slots: int | None) -> Routing:
@@ -100,7 +106,7 @@ def routing_of(share: Share, weight_on: Any, slots: int | None) -> Routing:
 def compute(rows_RH: torch.Tensor, segments: Segments, weights: list[torch.Tensor]) -> torch.Tensor:
     assert segments.num_rows == sum(segments.sizes) == len(rows_RH)
     blocks = rows_RH.split(segments.sizes)
-    done = [torch.cos(x @ weights[e]) for x, e in zip(blocks, segments.experts, strict=True)]
+    done = [expert_of(x, weights[e]) for x, e in zip(blocks, segments.experts, strict=True)]
     return torch.cat([*done, rows_RH[:0]])
 
 
@@ -117,7 +123,7 @@ def journey(share: Share, expert_map: ExpertMap, weight_on: str, slots: int | No
         out = dispatcher.combine(compute(rows, segments, weights), ticket)
         forward = exchange.call_count
         out.backward(share.target_TH)
-    grads = {e: w.grad if w.grad is not None else torch.zeros(H, H) for e, w in zip(own, weights, strict=True)}
+    grads = {e: w.grad if w.grad is not None else torch.zeros(H + 1, H) for e, w in zip(own, weights, strict=True)}
     backward = exchange.call_count - forward
     return Result(
         out.detach(), hidden.grad, routing.weight_P.grad, grads, segments.sizes, ticket.send, (forward, backward)
@@ -144,9 +150,9 @@ def check_against_the_dense_sum(
         rows = [0 * x for x in hidden]
         for p, (t, e) in enumerate(zip(share.token_P.tolist(), share.expert_P.tolist(), strict=True)):
             if weight_on == "output":
-                rows[t] = rows[t] + pair_weights[p] * torch.cos(hidden[t] @ weights[e])
+                rows[t] = rows[t] + pair_weights[p] * expert_of(hidden[t], weights[e])
             else:
-                rows[t] = rows[t] + torch.cos(pair_weights[p] * hidden[t] @ weights[e])
+                rows[t] = rows[t] + expert_of(pair_weights[p] * hidden[t], weights[e])
         out = torch.stack(rows) if rows else hidden
         loss = (out * share.target_TH).sum()
         expected = torch.autograd.grad(loss, [hidden, pair_weights], retain_graph=True, materialize_grads=True)
@@ -246,6 +252,14 @@ def test_rows_stand_by_expert_in_token_order() -> None:
     own = MAPS["shuffled of 1"].experts_of_rank[0]
     for block, place in zip(rows.split(segments.sizes), segments.experts, strict=True):
         assert torch.equal(block, share.hidden_TH[share.token_P[share.expert_P == own[place]]])
+
+
+@pytest.mark.parametrize("weight_on", ["output", "input"])
+def test_empty_slots_are_zero(weight_on: str) -> None:
+    share = make_share([[0, 1], [1]], seed=0)
+    routing = routing_of(share, weight_on, 3)
+    rows, _, _ = AllToAllDispatcher(MAPS["contiguous of 1"], None).dispatch(share.hidden_TH, routing)
+    assert rows.any(1).tolist() == [True, False, False, True, True, False] + [False] * 3 * (E - 2)
 
 
 def test_a_ticket_outlives_other_calls() -> None:

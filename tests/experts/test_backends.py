@@ -177,10 +177,30 @@ def test_weights_of_are_views_by_unpacked_names(activation: Activation) -> None:
     assert experts(rows, Segments([2, 0, 0], [0, 1, 2])).any()
 
 
-def test_auto_takes_what_the_device_is_fast_at() -> None:
-    assert choose_backend("auto", torch.device("cpu")) is BACKENDS["cpu"]
-    assert choose_backend("auto", torch.device("cuda")) is BACKENDS["grouped_mm"]
-    assert choose_backend("loop", torch.device("cpu")) is compute_loop
+@pytest.mark.parametrize(
+    ("device", "dtype", "backend"),
+    [
+        ("cpu", torch.float32, "cpu"),
+        ("cpu", torch.float64, "cpu"),
+        ("cpu", torch.bfloat16, "cpu"),
+        ("cuda", torch.bfloat16, "grouped_mm"),
+        ("cuda", torch.float32, "loop"),
+        ("cuda", torch.float64, "loop"),
+    ],
+)
+def test_auto_takes_the_fast_backend_that_the_device_has(device: str, dtype: torch.dtype, backend: str) -> None:
+    assert choose_backend("auto", torch.device(device), dtype) is BACKENDS[backend]
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+def test_a_backend_asked_for_is_the_one_taken(name: str) -> None:
+    assert choose_backend(name, torch.device("cpu"), torch.float32) is BACKENDS[name]
+
+
+@pytest.mark.parametrize(("device", "dtype"), [("cpu", torch.float64), ("cuda", torch.float32)])
+def test_grouped_mm_is_refused_where_torch_has_none(device: str, dtype: torch.dtype) -> None:
+    with pytest.raises(ValueError, match=rf"moe\.backend: grouped_mm does not compute {dtype} on {device}; use auto"):
+        choose_backend("grouped_mm", torch.device(device), dtype)
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)

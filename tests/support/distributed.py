@@ -1,7 +1,7 @@
 """Run a function on several real gloo processes. The processes are kept and shared by all tests of the session."""
 
 import atexit
-import socket
+import tempfile
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
@@ -32,14 +32,14 @@ def run_ranks(num_ranks: int, function: Callable[..., Any], *args: Any) -> list[
 class _Pool:
     def __init__(self, num_ranks: int) -> None:
         context = multiprocessing.get_context("spawn")
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
+        # A file, not a port: another process could take a free port before rank 0 listens on it.
+        self.folder = tempfile.TemporaryDirectory(prefix="moe_dist_ranks_")
+        store = f"file://{self.folder.name}/store"
         self.connections: list[Connection] = []
         self.processes = []
         for rank in range(num_ranks):
             ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(rank, num_ranks, port, theirs), daemon=True)
+            process = context.Process(target=_serve, args=(rank, num_ranks, store, theirs), daemon=True)
             process.start()
             self.connections.append(ours)
             self.processes.append(process)
@@ -65,11 +65,13 @@ class _Pool:
     def close(self) -> None:
         for process in self.processes:
             process.kill()
+            process.join()
+        self.folder.cleanup()
 
 
-def _serve(rank: int, num_ranks: int, port: int, connection: Connection) -> None:
+def _serve(rank: int, num_ranks: int, store: str, connection: Connection) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=num_ranks)
+    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=num_ranks)
     while True:
         try:
             function, args = connection.recv()
