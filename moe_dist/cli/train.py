@@ -2,16 +2,19 @@
 
 import json
 import logging
+import math
 import os
+import signal
 import sys
 import time
 import traceback
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch.distributed.elastic.multiprocessing.api import SignalException
-from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from moe_dist.config import Config, ConfigError, layout_of, load_config
@@ -67,12 +70,32 @@ def _launch(num_ranks: int, arguments: list[str]) -> int:
 
 
 def _tell_failure(error: ChildFailedError) -> int:
-    # A rank that was killed left no message, and the others fail after it for want of an answer: it comes first.
-    rank, failure = min(error.failures.items(), key=lambda item: (item[1].exitcode >= 0, item[1].timestamp))
-    details = failure.error_file_data.get("message", {})
-    text = details.get("extraInfo", {}).get("text") if isinstance(details, dict) else None
-    print(f"moe-dist: error: rank {rank}: {text or failure.message}", file=sys.stderr)
+    rank, failure = _first_failure(error.failures)
+    print(f"moe-dist: error: rank {rank}: {_told(failure).get('text') or failure.message}", file=sys.stderr)
     return 1
+
+
+def _first_failure(failures: dict[int, ProcessFailure]) -> tuple[int, ProcessFailure]:
+    """The rank that failed first, and its failure; the others follow from it.
+
+    A rank that was killed left no message, and ranks that wait for its answer then fail with one: the killed rank comes
+    first. But the agent kills too, after the first failure: by SIGTERM, and half a minute later by SIGKILL.
+    """
+    first_message = min((_told(failure).get("time", math.inf) for failure in failures.values()), default=math.inf)
+
+    def order(item: tuple[int, ProcessFailure]) -> tuple[bool, bool, float]:
+        _, failure = item
+        killed = failure.exitcode < 0
+        by_agent = failure.exitcode == -signal.SIGTERM or (killed and failure.timestamp > first_message + 5)
+        return by_agent, not killed, _told(failure).get("time", failure.timestamp)
+
+    return min(failures.items(), key=order)
+
+
+def _told(failure: ProcessFailure) -> dict[str, Any]:
+    """What a rank wrote down when it failed: text and time. Empty if it was killed."""
+    details = failure.error_file_data["message"]
+    return details["extraInfo"] if isinstance(details, dict) else {}
 
 
 def _work(config: Config, path: Path, output: Path | None, resume: bool, environment: Environment) -> int:
@@ -83,7 +106,8 @@ def _work(config: Config, path: Path, output: Path | None, resume: bool, environ
         expected = isinstance(error, (ConfigError, TrainingError))
         text = str(error) if expected else traceback.format_exc()
         if error_file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
-            details = {"message": str(error), "extraInfo": {"text": text, "timestamp": str(int(time.time()))}}
+            extra = {"text": text, "time": time.time(), "timestamp": str(int(time.time()))}  # the last is for torch
+            details = {"message": str(error), "extraInfo": extra}
             Path(error_file).write_text(json.dumps({"message": details}))
         else:
             print(f"moe-dist: error: rank {environment.rank}: {text}", file=sys.stderr, flush=True)

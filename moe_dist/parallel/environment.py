@@ -6,6 +6,8 @@ import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from moe_dist.config.errors import ConfigError
+
 
 @dataclass(frozen=True)
 class Environment:
@@ -49,7 +51,7 @@ _LAUNCHERS = {
 def read_environment(variables: Mapping[str, str] = os.environ) -> Environment:
     """Read the launcher's variables; torchrun's win, because SLURM's also exist inside `salloc` without `srun`.
 
-    Raises ValueError if a launcher set only some of what it should.
+    Raises ConfigError if a launcher set only some of what it should.
     """
     for launcher, (rank, size, local_rank, local_sizes) in _LAUNCHERS.items():
         if rank not in variables:
@@ -58,7 +60,7 @@ def read_environment(variables: Mapping[str, str] = os.environ) -> Environment:
             continue  # inside salloc, but not started by srun
         for name in (size, local_rank):
             if name not in variables:
-                raise ValueError(f"{name}: not set, though {rank} is; start the ranks by torchrun, deepspeed or srun")
+                raise ConfigError(f"{name}: not set, though {rank} is; start the ranks by torchrun, deepspeed or srun")
         local_size = next((variables[name] for name in local_sizes if name in variables), variables[size])
         address, port = _master(launcher, variables)
         return Environment(
@@ -88,7 +90,7 @@ def _master(launcher: str, variables: Mapping[str, str]) -> tuple[str, int]:
     if launcher == "slurm":
         # Any port that all tasks of the job derive alike will do.
         return _first_slurm_host(variables), 20000 + int(variables.get("SLURM_JOB_ID", "0")) % 20000
-    raise ValueError(
+    raise ConfigError(
         "MASTER_ADDR: not set; give the address of the host of rank 0, for instance by -x MASTER_ADDR=HOST"
     )
 
