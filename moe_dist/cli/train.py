@@ -71,7 +71,8 @@ def _launch(num_ranks: int, arguments: list[str]) -> int:
 
 def _tell_failure(error: ChildFailedError) -> int:
     rank, failure = _first_failure(error.failures)
-    print(f"moe-dist: error: rank {rank}: {_told(failure).get('text') or failure.message}", file=sys.stderr)
+    silent = failure.message if failure.exitcode < 0 else f"ended with exit code {failure.exitcode} and no message"
+    print(f"moe-dist: error: rank {rank}: {_told(failure).get('text', silent)}", file=sys.stderr)
     return 1
 
 
@@ -124,6 +125,8 @@ def _train_rank(config: Config, path: Path, output: Path | None, resume: bool, e
             print(f"resuming {_origin(folder)}", flush=True)
         training = Training(config, layout, device, TextData(config), folder)
         progress = training.run()
+        if progress.stopped:
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the launcher may yet pass on what has been obeyed
         if environment.rank == 0:
             finish(training)
     has_agent = "TORCHELASTIC_RUN_ID" in os.environ  # it tells of the signal itself, and would take this for a failure

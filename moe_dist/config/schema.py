@@ -60,7 +60,7 @@ class ModelConfig(Section):
     activation_checkpointing: Literal["none", "all"] | list[NonNegativeInt] = "none"
     """Layers whose activations are recomputed in backward: none, all, or a list of layer numbers."""
     compile: Switch = False
-    """Run the attention and dense parts of every layer through torch.compile."""
+    """Run the attention and the dense FFN of every layer through torch.compile."""
 
 
 class MoEConfig(Section):

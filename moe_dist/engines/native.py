@@ -70,7 +70,9 @@ class NativeEngine:
         ).to(device, torch.float64 if self.precision == "float64" else torch.float32)
         if config.model.compile:
             for block in self.model.blocks():
-                block.attention.compile()
+                for part in (block.attention, block.ffn):
+                    if part is not None:
+                        part.compile()
         self._sharded = distribute(self.model, self.groups, config.engine)
         self.parameters = local_parameters(self.model)
         self.optimizer = build_optimizer(self.parameters, config.training.optimizer)

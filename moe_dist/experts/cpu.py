@@ -50,7 +50,7 @@ class _Experts(torch.autograd.Function):
             torch.mm(scratch_F[: block.padded], w_out_LFH[block.expert], out=out_RH[block.window])
         ctx.segments, ctx.activation = segments, activation
         ctx.save_for_backward(rows_RH, pre_RG, w_in_LHG, w_out_LFH)
-        return out_RH[: len(rows_RH)]
+        return out_RH.resize_(rows_RH.shape)  # not a view: FSDP's hooks do not hold on views
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, None, None]:
@@ -77,7 +77,7 @@ class _Experts(torch.autograd.Function):
         for e in set(range(len(w_in_LHG))) - seen:
             d_w_in[e].zero_()
             d_w_out[e].zero_()
-        return d_rows_RH[: len(rows_RH)], d_w_in, d_w_out, None, None
+        return d_rows_RH.resize_(rows_RH.shape), d_w_in, d_w_out, None, None
 
 
 # oneDNN builds a new kernel for each number of rows it meets in a bfloat16 product, which takes longer than the product.

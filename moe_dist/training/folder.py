@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from moe_dist.config import Config, ConfigError, build_config, dump_config
+from moe_dist.config.errors import show
 from moe_dist.config.load import read_yaml
 from moe_dist.telemetry.records import truncate_records
 from moe_dist.training.checkpoint import complete_checkpoints
@@ -67,6 +68,7 @@ def prepare_folder(folder: RunFolder, config: Config, step: int) -> None:
 _FIXED = [
     ("model",),
     ("moe",),
+    *(("routing", key) for key in ("method", "score", "top_k", "renormalise", "scaling_factor")),
     ("data",),
     ("training", "seed"),
     ("training", "global_batch_size"),
@@ -82,5 +84,6 @@ def _check_same_run(saved: Config, config: Config) -> None:
         for key in rest or old:
             if (section, key) not in _FREE and old[key] != new[key]:
                 raise ConfigError(
-                    f"{section}.{key}: {new[key]!r} differs from {old[key]!r}, with which the run to resume was started"
+                    f"{section}.{key}: {show(new[key])} differs from {show(old[key])}, with which the run to resume was "
+                    "started"
                 )

@@ -227,7 +227,13 @@ def test_a_launchers_local_rank_is_ignored(calls, arguments):
 @pytest.fixture
 def worker(monkeypatch):
     """The environment of rank 1 of 4 under torchrun."""
-    for name, value in dict(RANK=1, WORLD_SIZE=4, LOCAL_RANK=1, MASTER_ADDR="localhost", MASTER_PORT=1).items():
+    for name, value in {
+        "RANK": 1,
+        "WORLD_SIZE": 4,
+        "LOCAL_RANK": 1,
+        "MASTER_ADDR": "localhost",
+        "MASTER_PORT": 1,
+    }.items():
         monkeypatch.setenv(name, str(value))
 
 

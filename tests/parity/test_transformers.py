@@ -6,10 +6,9 @@ to 1e-11.
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
-from unittest.mock import patch
 
 import pytest
 import torch
@@ -17,6 +16,7 @@ from torch import nn
 
 from moe_dist import MoELayer
 from moe_dist.config.schema import MoEConfig, RoutingConfig
+from tests.support.precision import float32_means_float64
 
 pytest.importorskip("transformers")
 
@@ -67,17 +67,6 @@ BLOCKS = {
     "DeepSeek-V3": Block(lambda: deepseek(True), {**DEEPSEEK, "renormalise": True}, shared=2),
     "DeepSeek-V3 not renormalised": Block(lambda: deepseek(False), DEEPSEEK, shared=2),
 }
-
-
-@contextmanager
-def float64_scores() -> Iterator[None]:
-    """While their block runs, what it calls float32 is float64."""
-    with (
-        patch.object(torch, "float", torch.float64),
-        patch.object(torch, "float32", torch.float64),
-        patch.object(torch.Tensor, "float", torch.Tensor.double),
-    ):
-        yield
 
 
 def make_theirs(block: Block) -> nn.Module:
@@ -134,7 +123,7 @@ def test_parity(name: str, lifted: bool, tolerance: float) -> None:
             mine.copy_(right)
     if BLOCKS[name].shared:
         ours.router.balance.bias_E.copy_(theirs.gate.e_score_correction_bias)
-    with float64_scores() if lifted else nullcontext():
+    with float32_means_float64() if lifted else nullcontext():
         right = run(theirs)
     compare = [("output", *pair) for pair in zip(run(ours), right, strict=True)]
     compare += pair_up(ours, theirs, lambda p: p.grad)

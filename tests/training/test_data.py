@@ -100,7 +100,8 @@ def test_suffixes_choose_in_folders_and_named_files_are_always_taken(tmp_path: P
         (tmp_path / name).write_text("" if "empty" in name else name)
     paths = [tmp_path / "text", tmp_path / "named.bin"]
     train, held_out = read_documents(make_config(paths, holdout_fraction=0).data)
-    assert sorted(train) == [b"named.bin", b"text/a.txt"] and held_out == []
+    assert sorted(train) == [b"named.bin", b"text/a.txt"]
+    assert held_out == []
 
 
 def test_a_file_reached_twice_counts_once(folder: Path) -> None:

@@ -1,0 +1,193 @@
+"""Any layout, the same training: one rank without accumulation is the reference, every other layout must repeat it.
+
+float64: the gradient of every parameter to 1e-9, losses, norms and biases to 1e-8, loads and drops exactly.
+float32: losses to 1e-4.
+"""
+
+from functools import cache
+
+import numpy as np
+import pytest
+import torch
+
+from moe_dist.config import build_config, layout_dependence, layout_of
+from tests.support.equality import (
+    BASE,
+    SyntheticData,
+    Trace,
+    Tree,
+    changed,
+    differences,
+    differing_losses,
+    trace,
+)
+
+SGD = {
+    "training": {"optimizer": {"name": "sgd", "learning_rate": 0.3, "max_grad_norm": None}},
+    "routing": {"losses": {"load_balance": {"scope": "global_batch"}}},
+    "model": {"tie_embeddings": False},
+}
+FLOAT32 = {"training": {"precision": "float32"}}
+PACKED = {"routing": {"capacity": {"factor": 0.9, "renormalise": True}}}
+PADDED = {"routing": {"capacity": {"factor": 0.9, "policy": "weight", "pad": True}}}
+
+# What is trained. AdamW clips; SGD does not, so that a gradient of the wrong size shows in the losses too.
+RECIPES: dict[str, Tree] = {
+    "adamw": BASE,
+    "sgd": changed(BASE, SGD),
+    "adamw, packed capacity": changed(BASE, PACKED),
+    "adamw, padded capacity": changed(BASE, PADDED),
+    "sgd, padded capacity": changed(BASE, SGD, PADDED),
+    "adamw, float32": changed(BASE, FLOAT32),
+    "sgd, float32": changed(BASE, SGD, FLOAT32),
+}
+
+
+def layout(num_ranks: int, expert: int = 1, *changes: Tree, owners: tuple[int, ...] | None = None) -> tuple[int, Tree]:
+    """The number of ranks and the keys of a layout."""
+    expert_map = list(owners) if owners else None
+    return num_ranks, changed({"parallel": {"expert": expert, "expert_map": expert_map}}, *changes)
+
+
+FULL = {"engine": {"sharding": "full"}}
+RECOMPUTED = {"model": {"activation_checkpointing": "all"}}
+
+
+def micro_batches_of(sequences: int) -> Tree:
+    return {"training": {"micro_batch_size": sequences}}
+
+
+LAYOUTS: dict[str, tuple[int, Tree]] = {
+    "1 rank": layout(1),
+    "1 rank, accumulated": layout(1, 1, micro_batches_of(1)),
+    "1 rank, accumulated and recomputed": layout(1, 1, micro_batches_of(4), RECOMPUTED),
+    "2 ranks, data": layout(2),
+    "2 ranks, data, sharded": layout(2, 1, FULL),
+    "2 ranks, data, sharded, accumulated": layout(2, 1, FULL, micro_batches_of(2)),
+    "2 ranks, expert 2": layout(2, 2),
+    "2 ranks, expert 2, recomputed": layout(2, 2, RECOMPUTED),
+    "2 ranks, expert 2, accumulated": layout(2, 2, micro_batches_of(1)),
+    "2 ranks, expert 2, unequal": layout(2, 2, owners=(1, 0, 0, 1, 1, 1, 0, 1)),
+    "2 ranks, expert 2, sharded, recomputed": layout(2, 2, FULL, RECOMPUTED),
+    "4 ranks, data": layout(4),
+    "4 ranks, expert 2": layout(4, 2),
+    "4 ranks, expert 2, sharded": layout(4, 2, FULL),
+    "4 ranks, expert 2, shuffled, recomputed": layout(4, 2, RECOMPUTED, owners=(1, 0, 0, 1, 1, 0, 1, 0)),
+    "4 ranks, expert 2, unequal, accumulated, sharded": layout(
+        4, 2, FULL, micro_batches_of(1), owners=(0, 0, 1, 0, 0, 0, 1, 0)
+    ),
+    "4 ranks, expert 4": layout(4, 4),
+    "4 ranks, expert 4, shuffled, accumulated": layout(4, 4, micro_batches_of(1), owners=(3, 0, 2, 1, 0, 3, 1, 2)),
+    "4 ranks, expert 4, sharded": layout(4, 4, FULL),
+}
+
+# Of each recipe the layouts and the number of steps: 20, or as many as gradients and the first updates need.
+CASES: dict[str, dict[str, int]] = {
+    "adamw": {
+        "1 rank, accumulated": 20,
+        "1 rank, accumulated and recomputed": 3,
+        "2 ranks, data": 20,
+        "2 ranks, data, sharded, accumulated": 20,
+        "2 ranks, expert 2": 20,
+        "2 ranks, expert 2, accumulated": 8,
+        "2 ranks, expert 2, unequal": 3,
+        "4 ranks, data": 3,
+        "4 ranks, expert 2": 20,
+        "4 ranks, expert 2, shuffled, recomputed": 3,
+        "4 ranks, expert 2, unequal, accumulated, sharded": 3,
+        "4 ranks, expert 4": 20,
+        "4 ranks, expert 4, shuffled, accumulated": 3,
+    },
+    "sgd": {
+        "2 ranks, data": 20,
+        "2 ranks, data, sharded": 20,
+        "2 ranks, expert 2, recomputed": 20,
+        "2 ranks, expert 2, sharded, recomputed": 3,
+        "4 ranks, data": 3,
+        "4 ranks, expert 2": 20,
+        "4 ranks, expert 2, sharded": 3,
+        "4 ranks, expert 4, sharded": 3,
+    },
+    "adamw, packed capacity": {
+        "2 ranks, data": 3,
+        "2 ranks, expert 2": 20,
+        "4 ranks, expert 2, shuffled, recomputed": 3,
+        "4 ranks, expert 4, shuffled, accumulated": 3,
+    },
+    "adamw, padded capacity": {
+        "1 rank, accumulated and recomputed": 3,
+        "2 ranks, expert 2, accumulated": 3,
+        "2 ranks, expert 2, unequal": 3,
+        "4 ranks, expert 2, shuffled, recomputed": 3,
+    },
+    "sgd, padded capacity": {
+        "2 ranks, expert 2, recomputed": 20,
+        "2 ranks, data, sharded": 3,
+        "4 ranks, expert 4": 3,
+    },
+    "adamw, float32": {
+        "1 rank, accumulated": 20,
+        "2 ranks, data, sharded": 20,
+        "4 ranks, expert 4": 20,
+    },
+    "sgd, float32": {
+        "2 ranks, expert 2": 20,
+    },
+}
+
+GRADIENTS_AT = (0, 2, 19)
+
+
+@cache
+def reference(recipe: str) -> Trace:
+    """One rank, the whole batch in one forward."""
+    return trace(RECIPES[recipe], gradients_at=GRADIENTS_AT)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "name", "num_steps"),
+    [(recipe, name, num_steps) for recipe, layouts in CASES.items() for name, num_steps in layouts.items()],
+)
+def test_every_layout_trains_the_same(recipe: str, name: str, num_steps: int) -> None:
+    num_ranks, changes = LAYOUTS[name]
+    tree, exact = changed(RECIPES[recipe], changes), "float32" not in recipe
+    config = build_config(tree, num_ranks)
+    assert layout_dependence(config, layout_of(config, num_ranks)) == []
+    result = trace(tree, num_ranks, num_steps, GRADIENTS_AT if exact else ())
+    if exact:
+        assert differences(result, reference(recipe)) == []
+    else:
+        assert result.disagreements == []
+        assert differing_losses(result, reference(recipe), 1e-4) == []
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_the_reference_learns_with_everything_on(recipe: str) -> None:
+    """Or equality would say little: the loss falls, every parameter has a gradient, and capacity drops pairs."""
+    result = reference(recipe)
+    assert min(result.losses[-3:]) < result.losses[0] - 1
+    assert len(result.losses) == 20
+    for name in result.gradients[0]:
+        assert any(gradients[name].any() for gradients in result.gradients.values()), f"no gradient of {name}"
+    for layer in range(2):
+        assert (sum(drops[layer].sum() for drops in result.drops) > 0) == ("capacity" in recipe)
+        assert all(load[layer].sum() == result.loads[step][1].sum() for step, load in enumerate(result.loads))
+    assert all(np.ptp(bias) > 0.02 for bias in result.biases.values())
+
+
+def test_the_data_are_ragged_and_do_not_depend_on_the_layout() -> None:
+    data = SyntheticData(build_config(BASE))
+    finest = layout_of(build_config(changed(BASE, micro_batches_of(1)), 4), 4)
+    for step in range(20):
+        batches = [batch for rank in range(4) for batch in data.micro_batches(step, rank, finest)]
+        targets = [batch.num_targets() for batch in batches]
+        assert targets.count(0) >= 2
+        assert len(set(targets)) >= 4, targets
+        assert any(batch.padding_BS is not None for batch in batches)
+        assert any(batch.padding_BS is None for batch in batches)
+        (together,) = data.micro_batches(step, 0, layout_of(build_config(BASE)))
+        for name in ("input_BS", "target_BS", "sequence_B"):
+            apart = torch.cat([getattr(batch, name) for batch in batches])
+            assert torch.equal(apart, getattr(together, name)), name
+    rank_2 = data.micro_batches(0, 2, layout_of(build_config(BASE, 4), 4))
+    assert [batch.num_targets() for batch in rank_2] == [0]
