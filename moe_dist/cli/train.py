@@ -42,6 +42,8 @@ def train(path: Path, overrides: list[str], num_ranks: int | None, output: Path 
     open_folder(output, config, resume)
     if num_ranks == 1:
         return _work(config, path, output, resume, environment)
+    if not resume:  # a resumed run begins by saying from where
+        print(f"starting {num_ranks} ranks; results go to {output}", flush=True)
     arguments = ["-m", "moe_dist", "train", str(path), *overrides, "--output", str(output)]
     return _launch(num_ranks, [*arguments, "--resume"] if resume else arguments)
 
@@ -56,6 +58,7 @@ def _launch(num_ranks: int, arguments: list[str]) -> int:
         rdzv_backend="c10d",
         rdzv_endpoint="127.0.0.1:0",
         max_restarts=0,
+        shutdown_timeout=600,  # seconds to finish a step and save it after Ctrl-C
     )
     for name in logging.root.manager.loggerDict:
         if name.startswith("torch.distributed.elastic"):

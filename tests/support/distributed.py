@@ -79,5 +79,5 @@ def _serve(rank: int, num_ranks: int, store: str, connection: Connection) -> Non
             return
         try:
             connection.send((True, function(*args)))
-        except Exception:
+        except BaseException:  # pytest's own failures are no Exception
             connection.send((False, traceback.format_exc()))

@@ -22,14 +22,11 @@ State = dict[str, npt.NDArray]
 SGD = ["training.optimizer.name=sgd", "training.optimizer.momentum=0.9", "training.optimizer.learning_rate=0.1"]
 BF16, REPLICATE, EP2 = "training.precision=bfloat16", "engine.sharding=replicate", "parallel.expert=2"
 EXACT = {
-    # number of ranks, overrides: together each optimiser, precision and sharding with each other, whole and split experts
+    # number of ranks, overrides: each optimiser, precision and sharding with each other, whole and split experts
     "adamw, float32, full, EP 2": (2, [EP2]),
     "adamw, bfloat16, full, data 2": (2, [BF16]),
-    "adamw, bfloat16, replicate, EP 2": (2, [BF16, REPLICATE, EP2]),
-    "adamw, float32, replicate, EP 2 x data 2": (4, [REPLICATE, EP2]),
+    "adamw, bfloat16, replicate, EP 2 x data 2": (4, [BF16, REPLICATE, EP2]),
     "sgd, float32, replicate, data 2": (2, [*SGD, REPLICATE]),
-    "sgd, bfloat16, replicate, EP 2": (2, [*SGD, BF16, REPLICATE, EP2]),
-    "sgd, float32, full, data 2": (2, [*SGD]),
     "sgd, bfloat16, full, EP 2 x data 2": (4, [*SGD, BF16, EP2]),
 }
 SHUFFLED = "parallel.expert_map=[1,0,0,1,0,1,1,0]"

@@ -27,12 +27,12 @@ from moe_dist.cli.train import _first_failure
 from moe_dist.config import load_config
 from tests.support.runs import write_config
 
-STEPS = 40
+STEPS = 32
 OVERRIDES = [
     "parallel.expert=2",
     f"training.steps={STEPS}",
     "training.checkpoint.interval=4",
-    "training.evaluation={interval: 10, tokens: 256}",
+    "training.evaluation={interval: 8, tokens: 256}",
 ]
 TIMEOUT = 120
 """Seconds after which a test gives up: many times what anything here takes."""
@@ -154,8 +154,8 @@ def chain(tiny: Path, folder: Path) -> Chain:
 
     killed = disturbed(6, lambda launcher: worker(launcher, 1).kill())
     # As SLURM does it: every process gets the signal, and workers a second time from their launcher.
-    stopped = disturbed(14, lambda launcher: [p.terminate() for p in (*launcher.children(), launcher)], "--resume")
-    interrupted = disturbed(22, lambda launcher: launcher.send_signal(signal.SIGINT), "--resume")
+    stopped = disturbed(12, lambda launcher: [p.terminate() for p in (*launcher.children(), launcher)], "--resume")
+    interrupted = disturbed(18, lambda launcher: launcher.send_signal(signal.SIGINT), "--resume")
     torchrun = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     ended = train(tiny, output, "--resume", "--local-rank=0")
     ended.arguments = [*torchrun, "-m", *ended.arguments]
@@ -175,7 +175,7 @@ def test_a_run_leaves_the_files_that_are_documented(whole: Run) -> None:
         "load/rank_00001.jsonl",
         "summary.json",
     }
-    assert sorted(path.name for path in (whole.output / "checkpoints").iterdir()) == ["step_00000036", "step_00000040"]
+    assert sorted(path.name for path in (whole.output / "checkpoints").iterdir()) == ["step_00000028", "step_00000032"]
 
 
 def test_config_yaml_is_the_resolved_config(whole: Run, tiny: Path) -> None:
@@ -187,7 +187,7 @@ def test_metrics_have_the_documented_keys(whole: Run) -> None:
     steps = [record for record in records(whole.output) if "loss" in record]
     evaluations = [record for record in records(whole.output) if "val_loss" in record]
     assert [record["step"] for record in steps] == list(range(1, STEPS + 1))
-    assert [record["step"] for record in evaluations] == [10, 20, 30, 40]
+    assert [record["step"] for record in evaluations] == [8, 16, 24, 32]
     of_layer = {"max_vio_batch", "cv", "drop_rate", "dead_experts", "bias_range"}
     for record in steps:
         documented = {"step", "loss", "tokens", "tokens_per_second", "grad_norm", "learning_rate", "losses", "balance"}
