@@ -14,6 +14,8 @@ from moe_dist.cli import config as config_command
 from moe_dist.cli.arguments import ConfigFile, Overrides, Ranks
 from moe_dist.config import ConfigError, load_config
 from moe_dist.parallel.environment import read_environment
+from moe_dist.training.documents import check_documents
+from moe_dist.training.folder import default_output, open_folder
 
 LocalRank = Annotated[
     int | None,
@@ -72,7 +74,13 @@ def train(
                 f"--ranks: {ranks} is not valid; the launcher started {environment.num_ranks} ranks, so leave it out"
             )
         ranks = environment.num_ranks
-    load_config(config, overrides, ranks)
+    checked = load_config(config, overrides, ranks)
+    if environment.launcher == "single":
+        check_documents(checked)
+        if resume and output is None:
+            raise ConfigError("--resume: needs --output DIR, the folder of the run to go on with")
+        output = output or default_output(config)
+        open_folder(output, checked, resume)
     from moe_dist.cli.train import train as run  # imports torch
 
     raise typer.Exit(run(config, overrides, ranks, output, resume))

@@ -33,13 +33,11 @@ def train(path: Path, overrides: list[str], num_ranks: int | None, output: Path 
     environment = read_environment()
     if environment.launcher != "single":
         return _work(load_config(path, overrides, environment.num_ranks), path, output, resume, environment)
-    if resume and output is None:
-        raise ConfigError("--resume: needs --output DIR, the folder of the run to go on with")
+    assert output is not None
     config = load_config(path, overrides, num_ranks)
-    num_ranks = num_ranks or max(fewest_ranks(config), torch.cuda.device_count())
+    fewest = fewest_ranks(config)
+    num_ranks = num_ranks or fewest * max(1, torch.cuda.device_count() // fewest)
     config = load_config(path, overrides, num_ranks)
-    output = output or default_output(path)
-    open_folder(output, config, resume)
     if num_ranks == 1:
         return _work(config, path, output, resume, environment)
     if not resume:  # a resumed run begins by saying from where

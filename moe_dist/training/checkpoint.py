@@ -17,6 +17,7 @@ from moe_dist.config import Config, ConfigError, dump_config
 from moe_dist.config.layout import owner_of_expert
 from moe_dist.engines.native import NativeEngine
 from moe_dist.engines.state import get_updates, set_updates
+from moe_dist.training.folder import complete_checkpoints
 
 FORMAT = 1
 
@@ -59,11 +60,6 @@ def load_checkpoint(checkpoint: Path, engine: NativeEngine) -> int:
     dcp.load(state, checkpoint_id=checkpoint)
     set_updates(engine.optimizer, updates)
     return about["step"]
-
-
-def complete_checkpoints(folder: Path) -> list[Path]:
-    """Checkpoints that were written to the end, oldest first."""
-    return sorted(path for path in folder.glob("step_*") if re.fullmatch(r"step_\d{8,}", path.name))
 
 
 def _check_fits(checkpoint: Path, state: dict[str, torch.Tensor]) -> None:

@@ -18,10 +18,10 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from moe_dist.config import Config, ConfigError, Layout
+from moe_dist.config import Config, Layout
 from moe_dist.config.checks import BYTE_VOCABULARY
 from moe_dist.engines.batch import IGNORED, Batch
-from moe_dist.training.documents import read_documents
+from moe_dist.training.documents import check_sizes, num_sequences, read_documents
 
 BOUNDARY = BYTE_VOCABULARY - 1
 """The token after each document."""
@@ -62,9 +62,9 @@ class TextData:
         self._config = config
         train, held_out = read_documents(config.data)
         self._train_N, self._held_out_N = pack(train), pack(held_out)
-        self._num_train = _num_sequences(self._train_N, config)
-        self._num_held_out = _num_sequences(self._held_out_N, config)
-        _check_sizes(config, self._train_N, self._held_out_N)
+        self._num_train = num_sequences(config, len(self._train_N))
+        self._num_held_out = num_sequences(config, len(self._held_out_N))
+        check_sizes(config, len(self._train_N), len(self._held_out_N))
 
     def micro_batches(self, step: int, data_rank: int, layout: Layout) -> list[Batch]:
         """See Data."""
@@ -139,31 +139,3 @@ def shuffled(seed: int, position_B: npt.NDArray[np.int64], num_sequences: int) -
 def _permutation(seed: int, epoch: int, size: int) -> npt.NDArray[np.int64]:
     # numpy promises that these raw numbers never change between its versions, but not so for Generator.permutation.
     return np.argsort(np.random.PCG64([seed, epoch]).random_raw(size), kind="stable")
-
-
-def _num_sequences(stream_N: npt.NDArray[np.uint16], config: Config) -> int:
-    # The last target needs one token more than the inputs.
-    return max(len(stream_N) - 1, 0) // config.training.sequence_length
-
-
-def _check_sizes(config: Config, train_N: npt.NDArray[np.uint16], held_out_N: npt.NDArray[np.uint16]) -> None:
-    """Raise ConfigError if there is not one sequence to train on, or to evaluate where that is asked for."""
-    data, training = config.data, config.training
-    needed = f"one sequence needs training.sequence_length + 1 = {training.sequence_length + 1}"
-    more = "add files to data.paths" if data.source == "files" else "use data.source: files"
-    value = f"data.paths: {data.paths}" if data.source == "files" else f"data.source: {data.source}"
-    if not _num_sequences(train_N, config):
-        less = "lower data.holdout_fraction" if len(held_out_N) else "shorten training.sequence_length"
-        raise ConfigError(f"{value} gives {len(train_N)} tokens to train on, and {needed}; {more}, or {less}")
-    if not training.evaluation.interval:
-        return
-    if not _num_sequences(held_out_N, config):
-        raise ConfigError(
-            f"data.holdout_fraction: {data.holdout_fraction} of the files gives {len(held_out_N)} tokens for "
-            f"evaluation, and {needed}; raise it, {more}, or set training.evaluation.interval: null"
-        )
-    if training.evaluation.tokens < training.sequence_length:
-        raise ConfigError(
-            f"training.evaluation.tokens: {training.evaluation.tokens} is less than one sequence; use at least "
-            f"training.sequence_length = {training.sequence_length}"
-        )

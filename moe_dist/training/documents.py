@@ -10,7 +10,7 @@ import os
 import sysconfig
 from collections.abc import Iterator
 
-from moe_dist.config import ConfigError
+from moe_dist.config import Config, ConfigError
 from moe_dist.config.schema import DataConfig
 
 # Installed packages are not the library. Its tests are larger than the rest together and say the same many times over;
@@ -40,6 +40,34 @@ def read_documents(data: DataConfig) -> tuple[list[bytes], list[bytes]]:
         key = "data.source: stdlib" if data.source == "stdlib" else "data.paths"
         raise ConfigError(f"{key}: cannot read {error.filename!r} ({error.strerror}); it must be readable") from None
     return train, held_out
+
+
+def check_documents(config: Config) -> None:
+    """Whether there is text enough, before any process starts. Raises ConfigError as read_documents and check_sizes do."""
+    check_sizes(config, *(sum(map(len, documents)) + len(documents) for documents in read_documents(config.data)))
+
+
+def num_sequences(config: Config, num_tokens: int) -> int:
+    """Whole sequences in a stream of tokens; the last target needs one token more than the inputs."""
+    return max(num_tokens - 1, 0) // config.training.sequence_length
+
+
+def check_sizes(config: Config, num_train: int, num_held_out: int) -> None:
+    """Raise ConfigError if there is not one sequence to train on, or to evaluate where that is asked for."""
+    data, training = config.data, config.training
+    needed = f"one sequence needs training.sequence_length + 1 = {training.sequence_length + 1}"
+    more = "add files to data.paths" if data.source == "files" else "use data.source: files"
+    value = f"data.paths: {data.paths}" if data.source == "files" else f"data.source: {data.source}"
+    if not num_sequences(config, num_train):
+        less = "lower data.holdout_fraction" if num_held_out else "shorten training.sequence_length"
+        raise ConfigError(f"{value} gives {num_train} tokens to train on, and {needed}; {more}, or {less}")
+    if not training.evaluation.interval:
+        return
+    if not num_sequences(config, num_held_out):
+        raise ConfigError(
+            f"data.holdout_fraction: {data.holdout_fraction} of the files gives {num_held_out} tokens for "
+            f"evaluation, and {needed}; raise it, {more}, or set training.evaluation.interval: null"
+        )
 
 
 def name_hash(name: str) -> float:

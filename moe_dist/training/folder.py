@@ -3,6 +3,7 @@
 DIR/config.yaml, metrics.jsonl, load/rank_00000.jsonl, checkpoints/step_00000050/, summary.json
 """
 
+import re
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +12,6 @@ from moe_dist.config import Config, ConfigError, build_config, dump_config
 from moe_dist.config.errors import show
 from moe_dist.config.load import read_yaml
 from moe_dist.telemetry.records import truncate_records
-from moe_dist.training.checkpoint import complete_checkpoints
 
 
 @dataclass(frozen=True)
@@ -54,6 +54,11 @@ def open_folder(path: Path, config: Config, resume: bool) -> RunFolder:
         _check_same_run(build_config(read_yaml(saved)), config)
     checkpoints = complete_checkpoints(path / "checkpoints")
     return RunFolder(path, checkpoints[-1] if checkpoints else None)
+
+
+def complete_checkpoints(folder: Path) -> list[Path]:
+    """Checkpoints that were written to the end, oldest first."""
+    return sorted(path for path in folder.glob("step_*") if re.fullmatch(r"step_\d{8,}", path.name))
 
 
 def prepare_folder(folder: RunFolder, config: Config, step: int) -> None:

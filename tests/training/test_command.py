@@ -227,7 +227,8 @@ def test_the_summary_is_of_the_whole_run(whole: Run) -> None:
 def test_the_screen_has_a_line_for_each_record_then_the_table(whole: Run) -> None:
     lines = whole.stdout.splitlines()
     assert sum(line.startswith("step ") for line in lines) == len(records(whole.output))
-    assert lines[0].startswith(f"step 1/{STEPS}  loss ")
+    assert lines[0] == f"starting 2 ranks; results go to {whole.output}"
+    assert lines[1].startswith(f"step 1/{STEPS}  loss ")
     assert any("Load" in line for line in lines)
     assert lines[-1] == f"results in {whole.output}"
     assert whole.stderr == ""
@@ -404,7 +405,7 @@ def test_ctrl_c_before_ranks_are_started_ends_without_a_traceback(
     def press(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("moe_dist.cli.train.open_folder", press)
+    monkeypatch.setattr("moe_dist.cli.train.elastic_launch", press)
     result = invoke(str(tiny), *OVERRIDES, "--output", str(tmp_path / "new"))
     assert result.exit_code == 130
     assert isinstance(result.exception, SystemExit)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from moe_dist.config import Config, ConfigError, Layout, layout_of
 from moe_dist.training.data import BOUNDARY, IGNORED, Batch, Data, TextData, pack, shuffled
-from moe_dist.training.documents import name_hash, read_documents
+from moe_dist.training.documents import check_documents, name_hash, read_documents
 
 LENGTH, GLOBAL_BATCH = 16, 12
 
@@ -279,6 +279,7 @@ def test_too_little_held_out_matters_only_with_evaluation(folder: Path) -> None:
         TextData(make_config([folder], holdout_fraction=1e-9))
 
 
-def test_evaluation_needs_one_sequence(folder: Path) -> None:
-    with pytest.raises(ConfigError, match=r"training\.evaluation\.tokens: 15 is less than one sequence"):
-        TextData(make_config([folder], {"evaluation": {"interval": 1, "tokens": LENGTH - 1}}))
+def test_the_command_sees_too_little_text_before_anything_starts(folder: Path) -> None:
+    check_documents(make_config([folder]))
+    with pytest.raises(ConfigError, match=r"data\.paths.* tokens to train on, and one sequence needs"):
+        check_documents(make_config([folder], {"sequence_length": 10**6}))
