@@ -9,7 +9,7 @@ setup(
     license="Apache-2.0",
     packages=find_packages(include=["moe_dist", "moe_dist.*"]),
     python_requires=">=3.10",
-    install_requires=["torch>=2.11", "numpy", "pydantic>=2.7", "pyyaml", "typer", "rich", "psutil"],
+    install_requires=["torch>=2.11", "numpy", "pydantic>=2.7", "pyyaml", "typer", "rich"],
     extras_require={
         "deepspeed": ["deepspeed"],
         "megatron": ["megatron-core"],
@@ -17,7 +17,17 @@ setup(
         "tensorboard": ["tensorboard"],
         "wandb": ["wandb"],
         "hf": ["transformers", "safetensors"],
-        "dev": ["hypothesis", "import-linter", "mypy", "pytest", "ruff", "scipy", "transformers", "types-PyYAML"],
+        "dev": [
+            "hypothesis",
+            "import-linter",
+            "mypy",
+            "psutil",
+            "pytest",
+            "ruff",
+            "scipy",
+            "transformers",
+            "types-PyYAML",
+        ],
     },
     entry_points={"console_scripts": ["moe-dist = moe_dist.cli.main:app"]},
 )

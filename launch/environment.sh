@@ -10,14 +10,15 @@ python=${PYTHON:-python3}
     exit 1
 }
 
-[ -x .venv/bin/python ] || "$python" -m venv .venv
+# A .venv without pip is one whose making failed.
+[ -x .venv/bin/pip ] || "$python" -m venv --clear .venv || { rm -rf .venv; exit 1; }
 
 # Installed once for each set of extras, and again when what is to be installed changes.
 stamp=".venv/installed-$(echo "${1:-}" | tr -cd 'a-z-')-$(cat setup.py constraints.txt | cksum | tr -d ' ')"
 if [ ! -e "$stamp" ]; then
     echo "installing moe_dist${1:-} into .venv ..."
     .venv/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt setuptools wheel
-    # torch first: its pinned version decides between the small CPU build and gigabytes of CUDA libraries.
+    # torch first, so that no other package asks for another version of it.
     .venv/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt torch
     .venv/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".${1:-}"
     touch "$stamp"

@@ -55,6 +55,11 @@ class MoELayer(nn.Module):
         ranks = dist.get_world_size(expert_parallel_group) if expert_parallel_group is not None else 1
         rank = dist.get_rank(expert_parallel_group) if expert_parallel_group is not None else 0
         self.expert_map = expert_map or ExpertMap.contiguous(moe.num_experts, ranks)
+        if self.expert_map.num_experts != moe.num_experts or len(self.expert_map.experts_of_rank) != ranks:
+            raise ValueError(
+                f"expert_map: places {self.expert_map.num_experts} experts on {len(self.expert_map.experts_of_rank)} ranks; "
+                f"it must place moe.num_experts = {moe.num_experts} on the {ranks} ranks of expert_parallel_group"
+            )
         self.own_experts = self.expert_map.experts_of_rank[rank]
         self.routing = routing
         self.router = build_router(hidden_size, moe.num_experts, routing, data_parallel_group)

@@ -20,6 +20,9 @@ Overrides = Annotated[
 Ranks = Annotated[
     int | None,
     typer.Option(
-        "--ranks", metavar="N", parser=_positive, help="Number of ranks. Default: the fewest that `parallel` needs."
+        "--ranks",
+        metavar="N",
+        parser=_positive,
+        help="Number of ranks. Default: the fewest that `parallel` needs; with GPUs, `train` uses all of them.",
     ),
 ]

@@ -75,10 +75,10 @@ def train(
             )
         ranks = environment.num_ranks
     checked = load_config(config, overrides, ranks)
+    if resume and output is None:
+        raise ConfigError("--resume: needs --output DIR, the folder of the run to go on with")
     if environment.launcher == "single":
         check_documents(checked)
-        if resume and output is None:
-            raise ConfigError("--resume: needs --output DIR, the folder of the run to go on with")
         output = output or default_output(config)
         open_folder(output, checked, resume)
     from moe_dist.cli.train import train as run  # imports torch

@@ -124,7 +124,9 @@ def _train_rank(config: Config, path: Path, output: Path | None, resume: bool, e
         folder = _agree_on_folder(output or default_output(path), config, resume)
         if environment.rank == 0 and resume:
             print(f"resuming {_origin(folder)}", flush=True)
-        training = Training(config, layout, device, TextData(config), folder)
+        data = TextData(config)
+        _check_same_text(data.digest)
+        training = Training(config, layout, device, data, folder)
         progress = training.run()
         if progress.stopped:
             signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the launcher may yet pass on what has been obeyed
@@ -132,6 +134,16 @@ def _train_rank(config: Config, path: Path, output: Path | None, resume: bool, e
             finish(training)
     has_agent = "TORCHELASTIC_RUN_ID" in os.environ  # it tells of the signal itself, and would take this for a failure
     return 128 + progress.stopped if progress.stopped and not has_agent else 0
+
+
+def _check_same_text(digest: str) -> None:
+    """Nodes may differ in their files, or in the Python whose library is the text; their ranks would read other tokens."""
+    digests: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(digests, digest)
+    if other := [rank for rank, found in enumerate(digests) if found != digests[0]]:
+        raise ConfigError(
+            f"data: rank {other[0]} reads another text than rank 0; give all nodes the same files and Python"
+        )
 
 
 def _origin(folder: RunFolder) -> str:

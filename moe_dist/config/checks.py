@@ -7,11 +7,8 @@ from typing import Any
 
 from moe_dist.config.errors import ConfigError, show
 from moe_dist.config.layout import fewest_ranks, layout_of, moe_layers
-from moe_dist.config.schema import CapacityConfig, Config, DataConfig, RoutingConfig, SequenceGroup
+from moe_dist.config.schema import BYTE_VOCABULARY, CapacityConfig, Config, DataConfig, RoutingConfig, SequenceGroup
 from moe_dist.config.support import ENGINES, IMPLEMENTED, SUPPORT, engines_offering
-
-BYTE_VOCABULARY = 257
-"""256 bytes and the document boundary."""
 
 
 def check(config: Config, num_ranks: int | None = None) -> None:

@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass
 
-from moe_dist.config.schema import Config, SequenceGroup
+from moe_dist.config.schema import Config
 
 
 @dataclass(frozen=True)
@@ -78,9 +78,3 @@ def layout_dependence(config: Config, layout: Layout) -> list[str]:
             "routing.losses.load_balance.scope: global_batch with accumulation (early micro-batches see partial loads)"
         )
     return notes
-
-
-def group_sequences(config: Config) -> int | None:
-    """Sequences of a routing group, None for the whole micro-batch of a rank."""
-    group = config.routing.group
-    return group.sequences if isinstance(group, SequenceGroup) else None

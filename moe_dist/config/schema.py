@@ -19,6 +19,9 @@ PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False), BeforeValidat
 NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False), BeforeValidator(_not_boolean)]
 Switch = Annotated[bool, Field(strict=True)]
 
+BYTE_VOCABULARY = 257
+"""256 bytes and the document boundary."""
+
 
 class Section(BaseModel):
     """Base of all sections: unknown keys are refused, values cannot change after loading."""

@@ -2,9 +2,8 @@
 
 from dataclasses import dataclass
 
-from moe_dist.config.checks import BYTE_VOCABULARY
 from moe_dist.config.layout import moe_layers
-from moe_dist.config.schema import Config
+from moe_dist.config.schema import BYTE_VOCABULARY, Config
 
 
 @dataclass(frozen=True)

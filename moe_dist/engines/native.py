@@ -109,7 +109,7 @@ class NativeEngine:
         if self._all_ranks is not None:
             dist.all_reduce(totals)
         load_NE, dropped_NE = sum_over_ranks(self.balances, self._all_ranks)
-        loss, norm = totals.tolist()  # the one wait for the device in a step
+        loss, norm = totals.tolist()  # waits for the device: whether to update is decided here
         loss, norm = loss / max(1, num_targets), math.sqrt(norm) if norm >= 0 else math.nan
         skipped = not (math.isfinite(loss) and math.isfinite(norm))
         if not skipped:
@@ -154,7 +154,7 @@ class NativeEngine:
         layers = [
             f"layers.{i}.{p}" for i, b in enumerate(self.model.blocks()) for p in parts if getattr(b, p) is not None
         ]
-        names = ["embedding", *layers, "norm"]
+        names = ["embedding", *layers, "norm", ""]  # the last is the whole model: its logits
         first = torch.tensor(len(names))  # place in names
 
         def check(place: int) -> RemovableHandle:
@@ -170,7 +170,9 @@ class NativeEngine:
         for handle in handles:
             handle.remove()
         dist.all_reduce(first, op=dist.ReduceOp.MIN)
-        return f"the output of {names[first]}" if first < len(names) else "a gradient, while all outputs are finite"
+        if first == len(names):
+            return "a gradient, while all outputs are finite"
+        return f"the output of {names[first]}" if names[first] else "the logits"
 
     def _loss(self, batch: Batch, share: float) -> torch.Tensor:
         """Cross-entropy summed over the targets of a micro-batch."""
@@ -208,5 +210,9 @@ def resolve_precision(precision: str, device: torch.device) -> str:
     """`auto` is bfloat16 where the device multiplies it fast, else float32."""
     if precision != "auto":
         return precision
-    fast = torch.cuda.is_bf16_supported() if device.type == "cuda" else torch.cpu._is_avx512_bf16_supported()
+    fast = (
+        torch.cuda.is_bf16_supported(including_emulation=False)
+        if device.type == "cuda"
+        else torch.cpu._is_avx512_bf16_supported()
+    )
     return "bfloat16" if fast else "float32"

@@ -75,16 +75,21 @@ def _reorder(rows: torch.Tensor, sizes: list[int], order: list[int]) -> torch.Te
 BACKENDS: dict[str, Compute] = {"loop": compute_loop, "cpu": compute_cpu, "grouped_mm": compute_grouped}
 
 
-def choose_backend(name: str, device: torch.device, dtype: torch.dtype) -> Compute:
-    """The backend that `moe.backend` names; `auto` takes the fast one that the device has for rows of this dtype.
+def choose_backend(name: str, device: torch.device, dtype: torch.dtype, widths: tuple[int, int]) -> Compute:
+    """The backend that `moe.backend` names; `auto` takes the fast one that the device has for such rows.
+
+    Args:
+        widths: H and F; grouped_mm wants rows of a multiple of 16 bytes.
 
     Raises ValueError if grouped_mm is asked for where torch has none.
     """
     on_gpu = device.type != "cpu"
     grouped = dtype == torch.bfloat16 if on_gpu else dtype in (torch.bfloat16, torch.float32)
+    grouped = grouped and all(width * dtype.itemsize % 16 == 0 for width in widths)
     if name == "grouped_mm" and not grouped:
         raise ValueError(
-            f"moe.backend: grouped_mm does not compute {dtype} on {device.type}; use auto, or training.precision: bfloat16"
+            f"moe.backend: grouped_mm does not compute {dtype} with model.hidden_size and moe.ffn_size {widths} on "
+            f"{device.type}; use auto, or training.precision: bfloat16 with multiples of 8"
         )
     if name == "auto":
         name = "cpu" if not on_gpu else "grouped_mm" if grouped else "loop"

@@ -42,8 +42,8 @@ class Experts(nn.Module):
 
     def forward(self, rows_RH: torch.Tensor, segments: Segments) -> torch.Tensor:
         w_in_LHG = self.w_gate_up if self.moe.activation == "swiglu" else self.w_up
-        compute = choose_backend(self.moe.backend, rows_RH.device, rows_RH.dtype)
-        dtype = rows_RH.dtype
+        dtype, widths = rows_RH.dtype, (rows_RH.shape[1], self.moe.ffn_size)
+        compute = choose_backend(self.moe.backend, rows_RH.device, dtype, widths)
         return compute(rows_RH, segments, w_in_LHG.to(dtype), self.w_down.to(dtype), self.moe.activation)
 
 

@@ -47,6 +47,9 @@ _LAUNCHERS = {
     "slurm": ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID", ("SLURM_STEP_TASKS_PER_NODE", "SLURM_NTASKS_PER_NODE")),
 }
 
+_INTERACTIVE_STEP = "4294967290"
+"""The step that SLURM makes of an salloc shell itself (SLURM_INTERACTIVE_STEP of slurm.h)."""
+
 
 def read_environment(variables: Mapping[str, str] = os.environ) -> Environment:
     """Read the launcher's variables; torchrun's win, because SLURM's also exist inside `salloc` without `srun`.
@@ -56,7 +59,7 @@ def read_environment(variables: Mapping[str, str] = os.environ) -> Environment:
     for launcher, (rank, size, local_rank, local_sizes) in _LAUNCHERS.items():
         if rank not in variables:
             continue
-        if launcher == "slurm" and "SLURM_STEP_ID" not in variables:
+        if launcher == "slurm" and variables.get("SLURM_STEP_ID", _INTERACTIVE_STEP) == _INTERACTIVE_STEP:
             continue  # inside salloc, but not started by srun
         for name in (size, local_rank):
             if name not in variables:
@@ -99,5 +102,10 @@ def _first_slurm_host(variables: Mapping[str, str]) -> str:
     nodes = variables.get("SLURM_STEP_NODELIST") or variables["SLURM_JOB_NODELIST"]
     if not re.search(r"[\[,]", nodes):
         return nodes
-    listing = subprocess.run(["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, check=True)
+    try:
+        listing = subprocess.run(["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        raise ConfigError(
+            f"MASTER_ADDR: not set, and scontrol cannot say which is the first host of {nodes!r}"
+        ) from None
     return listing.stdout.split()[0]

@@ -42,39 +42,44 @@ def build_groups(expert_parallel: int, device: torch.device) -> ParallelGroups:
     """Build the groups over all ranks; collective. `expert_parallel` must divide the number of ranks."""
     num_ranks = dist.get_world_size()
     assert num_ranks % expert_parallel == 0, f"{num_ranks} ranks do not divide into expert groups of {expert_parallel}"
-    data = init_device_mesh(device.type, (num_ranks,), mesh_dim_names=("data",))
-    experts = init_device_mesh(
+    mesh = init_device_mesh(
         device.type, (num_ranks // expert_parallel, expert_parallel), mesh_dim_names=("expert_data", "expert")
     )
-    return ParallelGroups(data=data, expert=experts["expert"], expert_data=experts["expert_data"], device=device)
+    return ParallelGroups(
+        data=mesh._flatten("data"), expert=mesh["expert"], expert_data=mesh["expert_data"], device=device
+    )
 
 
 @contextmanager
 def process_group(environment: Environment) -> Iterator[torch.device]:
     """The default process group for the time of the block: NCCL with a CUDA device for every rank, else gloo."""
-    if torch.cuda.is_available() and torch.cuda.device_count() >= environment.local_num_ranks:
-        device = torch.device("cuda", environment.local_rank)
+    _divide_cores(environment)
+    num_devices = torch.cuda.device_count()
+    if num_devices >= environment.local_num_ranks or (
+        num_devices == 1 and environment.launcher in ("slurm", "openmpi")
+    ):
+        # A scheduler may show each rank its own device only.
+        device = torch.device("cuda", environment.local_rank if num_devices > 1 else 0)
         torch.cuda.set_device(device)
         backend = "cpu:gloo,cuda:nccl"
     else:
         device, backend = torch.device("cpu"), "gloo"
-        _divide_cores(environment.local_num_ranks)
     if environment.launcher == "single":
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     else:
         environment.export()
         dist.init_process_group(backend, device_id=device if device.type == "cuda" else None)
-    try:
-        yield device
-    finally:
-        dist.destroy_process_group()
+    yield device
+    # Only in good order: after a failure this would wait for ranks that wait for this one.
+    dist.destroy_process_group()
 
 
-def _divide_cores(num_local_ranks: int) -> None:
+def _divide_cores(environment: Environment) -> None:
     """One thread budget per rank, so that ranks do not fight for cores; a budget the user set is kept."""
-    # torchrun sets OMP_NUM_THREADS to 1 where the user set nothing, so 1 says nothing of the user's wish.
-    if os.environ.get("OMP_NUM_THREADS", "1") == "1":
-        torch.set_num_threads(max(1, available_cores() // num_local_ranks))
+    # torchrun sets OMP_NUM_THREADS to 1 where the user set nothing, so there 1 says nothing of the user's wish.
+    unset = "1" if environment.launcher == "torchrun" else None
+    if os.environ.get("OMP_NUM_THREADS", unset) == unset:
+        torch.set_num_threads(max(1, available_cores() // environment.local_num_ranks))
 
 
 def available_cores() -> int:

@@ -19,13 +19,17 @@ def apply_capacity(
 
     Args:
         routing: all pairs, none dropped yet.
-        tokens: for the sequence of each token.
+        tokens: for the number of sequences.
         num_tokens: T, padding included: capacity depends on shapes only, never on data.
         group_sequences: sequences of one routing group.
 
     Returns:
         The kept pairs, still in token order, with `dropped_E`, and `pairs_per_expert` if the config pads.
     """
+    if tokens.num_sequences % group_sequences:
+        raise ValueError(
+            f"routing.group.sequences: {group_sequences} does not divide the {tokens.num_sequences} sequences of the batch"
+        )
     num_experts, num_groups = routing.load_E.shape[0], max(1, tokens.num_sequences // group_sequences)
     room = capacity_of_group(num_tokens // num_groups, num_experts, top_k, capacity.factor)
     # One bucket for each (group, expert); a pair's rank within its bucket decides.

@@ -1,12 +1,14 @@
 """Routers by name: a new method is a new file and a line here."""
 
+from collections.abc import Callable
+
 import torch.distributed as dist
 
 from moe_dist.config.schema import RoutingConfig
 from moe_dist.routing.router import Router
 from moe_dist.routing.top_k import TopKRouter
 
-ROUTERS: dict[str, type[TopKRouter]] = {
+ROUTERS: dict[str, Callable[..., Router]] = {
     "top_k": TopKRouter,
 }
 

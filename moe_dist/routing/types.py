@@ -16,7 +16,7 @@ class Tokens:
     id_T: torch.Tensor | None = None
     """int64: vocabulary ids."""
     sequence_T: torch.Tensor | None = None
-    """int64: which sequence of this micro-batch, non-decreasing. None: all tokens are one sequence."""
+    """int64: which sequence of this micro-batch, non-decreasing."""
     position_T: torch.Tensor | None = None
     """int64: place in the sequence."""
     global_index_T: torch.Tensor | None = None

@@ -11,6 +11,7 @@ Shapes: B sequences of a micro-batch, S sequence length, N tokens of a stream.
 """
 
 from functools import lru_cache
+from hashlib import sha256
 from typing import Protocol
 
 import numpy as np
@@ -19,7 +20,7 @@ import torch
 from torch import Tensor
 
 from moe_dist.config import Config, Layout
-from moe_dist.config.checks import BYTE_VOCABULARY
+from moe_dist.config.schema import BYTE_VOCABULARY
 from moe_dist.engines.batch import IGNORED, Batch
 from moe_dist.training.documents import check_sizes, num_sequences, read_documents
 
@@ -64,6 +65,8 @@ class TextData:
         self._train_N, self._held_out_N = pack(train), pack(held_out)
         self._num_train = num_sequences(config, len(self._train_N))
         self._num_held_out = num_sequences(config, len(self._held_out_N))
+        self.digest = sha256(self._train_N.tobytes() + self._held_out_N.tobytes()).hexdigest()
+        """Of all tokens: equal on ranks that read the same text."""
         check_sizes(config, len(self._train_N), len(self._held_out_N))
 
     def micro_batches(self, step: int, data_rank: int, layout: Layout) -> list[Batch]:

@@ -67,6 +67,7 @@ class Training:
         num_steps, progress = self.config.training.steps, self.progress
         with StopRequest() as stop, self._on_screen():
             while progress.step < num_steps:
+                began = time.perf_counter()
                 batches = self.data.micro_batches(progress.step, self.engine.data_rank, self.layout)
                 num_targets, num_tokens, stop_requests = self.engine.sum_over_ranks(
                     [sum(b.num_targets() for b in batches), sum(b.num_tokens() for b in batches), stop.number]
@@ -74,14 +75,14 @@ class Training:
                 if stop_requests:
                     progress.stopped = stop.number or signal.SIGTERM
                     break
-                self._step(batches, num_targets, num_tokens)
+                self._step(batches, num_targets, num_tokens, began)
             if self._saved_step != progress.step:
                 self._save()
         return progress
 
-    def _step(self, batches: list[Batch], num_targets: int, num_tokens: int) -> None:
+    def _step(self, batches: list[Batch], num_targets: int, num_tokens: int, began: float) -> None:
         """One optimiser step, and what is due after it."""
-        training, began = self.config.training, time.perf_counter()
+        training = self.config.training
         rate = learning_rate(training, self.progress.step)
         for recorder in self.engine.recorders.values():
             recorder.losses.clear()

@@ -189,18 +189,25 @@ def test_weights_of_are_views_by_unpacked_names(activation: Activation) -> None:
     ],
 )
 def test_auto_takes_the_fast_backend_that_the_device_has(device: str, dtype: torch.dtype, backend: str) -> None:
-    assert choose_backend("auto", torch.device(device), dtype) is BACKENDS[backend]
+    assert choose_backend("auto", torch.device(device), dtype, (H, F)) is BACKENDS[backend]
 
 
 @pytest.mark.parametrize("name", BACKENDS)
 def test_a_backend_asked_for_is_the_one_taken(name: str) -> None:
-    assert choose_backend(name, torch.device("cpu"), torch.float32) is BACKENDS[name]
+    assert choose_backend(name, torch.device("cpu"), torch.float32, (H, F)) is BACKENDS[name]
 
 
-@pytest.mark.parametrize(("device", "dtype"), [("cpu", torch.float64), ("cuda", torch.float32)])
-def test_grouped_mm_is_refused_where_torch_has_none(device: str, dtype: torch.dtype) -> None:
-    with pytest.raises(ValueError, match=rf"moe\.backend: grouped_mm does not compute {dtype} on {device}; use auto"):
-        choose_backend("grouped_mm", torch.device(device), dtype)
+@pytest.mark.parametrize(
+    ("device", "dtype", "width"),
+    [("cpu", torch.float64, F), ("cuda", torch.float32, F), ("cuda", torch.bfloat16, 12)],
+    ids=["float64", "float32 on a GPU", "rows of 24 bytes"],
+)
+def test_grouped_mm_is_refused_where_torch_has_none(device: str, dtype: torch.dtype, width: int) -> None:
+    with pytest.raises(
+        ValueError, match=rf"moe\.backend: grouped_mm does not compute {dtype} .* on {device}; use auto"
+    ):
+        choose_backend("grouped_mm", torch.device(device), dtype, (H, width))
+    assert choose_backend("auto", torch.device(device), dtype, (H, width)) is not BACKENDS["grouped_mm"]
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)

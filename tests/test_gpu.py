@@ -1,0 +1,42 @@
+"""What only a GPU can show: the device's own paths give what the CPU gives."""
+
+import pytest
+import torch
+
+from moe_dist import MoELayer
+from moe_dist.config.schema import CapacityConfig, MoEConfig, RoutingConfig
+from moe_dist.telemetry.recorder import STAGES, LayerRecorder
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+
+def run(device: str, capacity: CapacityConfig | None, autocast: bool) -> list[torch.Tensor]:
+    """Output, input gradient and weight gradients of one layer, on the CPU in float32."""
+    routing = RoutingConfig(score="sigmoid", renormalise=True, init_std=1.0, capacity=capacity)
+    layer = MoELayer(64, MoEConfig(num_experts=8, ffn_size=32, num_shared_experts=1), routing).to(device)
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(4, 32, 64, generator=generator).to(device).requires_grad_()
+    with torch.autocast(device, torch.bfloat16, enabled=autocast):
+        out = layer(hidden)
+    out.float().square().sum().backward()
+    return [tensor.float().cpu() for tensor in (out.detach(), hidden.grad, *(p.grad for p in layer.parameters()))]
+
+
+@pytest.mark.parametrize(
+    "capacity", [None, CapacityConfig(factor=1.0, pad=True)], ids=["dropless", "padded to capacity"]
+)
+@pytest.mark.parametrize(("autocast", "tolerance"), [(False, 1e-4), (True, 5e-2)], ids=["float32", "bfloat16"])
+def test_the_layer_is_that_of_the_cpu(capacity: CapacityConfig | None, autocast: bool, tolerance: float) -> None:
+    for theirs, ours in zip(run("cpu", capacity, autocast), run("cuda", capacity, autocast), strict=True):
+        assert (theirs - ours).abs().max() <= tolerance * theirs.abs().max()
+
+
+def test_stages_are_timed_by_the_device() -> None:
+    layer = MoELayer(64, MoEConfig(num_experts=8, ffn_size=32), RoutingConfig()).cuda()
+    layer.recorder = LayerRecorder(torch.device("cuda"))
+    layer(torch.randn(4, 32, 64, device="cuda"))
+    assert set(layer.recorder.seconds()) == set(STAGES)
+    assert all(seconds > 0 for seconds in layer.recorder.seconds().values())
