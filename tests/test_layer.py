@@ -458,3 +458,10 @@ def refused(layout: Layout) -> str:
 def test_a_group_that_does_not_divide_the_experts_is_refused() -> None:
     messages = run_ranks(2, refused, LAYOUTS["expert 2"])
     assert messages == ["num_experts: 7 is not a multiple of the 2 expert-parallel ranks"] * 2
+
+
+def test_a_map_must_place_all_experts() -> None:
+    with pytest.raises(
+        ValueError, match=r"expert_map: places 2 experts on 1 ranks; it must place moe.num_experts = 4 .*"
+    ):
+        MoELayer(8, MoEConfig(num_experts=4, ffn_size=8), RoutingConfig(), expert_map=ExpertMap.contiguous(2, 1))

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from moe_dist.config import ConfigError
 from moe_dist.parallel.environment import Environment, read_environment
 
 MASTER = {"MASTER_ADDR": "node7", "MASTER_PORT": "1234"}
@@ -86,6 +87,18 @@ def test_the_first_host_of_several_is_the_master(monkeypatch: pytest.MonkeyPatch
     variables = {name: value for name, value in SRUN.items() if name != "SLURM_STEP_NODELIST"}
     assert read_environment(variables).master_address == "node7"
     assert asked == [["scontrol", "show", "hostnames", "node[7-8]"]]
+
+
+def test_without_scontrol_the_master_must_be_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "")
+    variables = {name: value for name, value in SRUN.items() if name != "SLURM_STEP_NODELIST"}
+    with pytest.raises(ConfigError, match=r"MASTER_ADDR: not set, and scontrol cannot say .* 'node\[7-8\]'"):
+        read_environment(variables)
+
+
+def test_the_shell_of_an_allocation_is_no_rank() -> None:
+    """Some clusters run the shell of `salloc` as a step of its own."""
+    assert read_environment({**SRUN, "SLURM_STEP_ID": "4294967290"}).launcher == "single"
 
 
 def test_all_tasks_of_a_job_derive_one_port() -> None:

@@ -9,7 +9,8 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from moe_dist.config.schema import CapacityConfig, RoutingConfig
+from moe_dist import MoELayer
+from moe_dist.config.schema import CapacityConfig, MoEConfig, RoutingConfig, SequenceGroup
 from moe_dist.routing import Routing, Tokens, build_router
 from moe_dist.routing.capacity import apply_capacity, capacity_of_group
 from moe_dist.routing.top_k import count_per_expert
@@ -223,3 +224,10 @@ def test_only_the_position_policy_is_causal(policy: str) -> None:
         routing = router(torch.cat([hidden[:8], later]), Tokens())
         early.append([pair for pair in pairs_of(routing) if pair[0] < 8])
     assert all(pairs == early[0] for pairs in early) == (policy == "position")
+
+
+def test_groups_must_divide_the_sequences() -> None:
+    routing = RoutingConfig(group=SequenceGroup(sequences=2), capacity=CapacityConfig(factor=1.0))
+    layer = MoELayer(8, MoEConfig(num_experts=4, ffn_size=8), routing)
+    with pytest.raises(ValueError, match=r"routing\.group\.sequences: 2 does not divide the 3 sequences of the batch"):
+        layer(torch.randn(3, 4, 8))

@@ -389,14 +389,24 @@ def test_resume_with_another_model_or_data_is_refused(
     refused(invoke(str(tiny), *OVERRIDES, change, "--output", str(whole.output), "--resume"), message)
 
 
+@pytest.fixture
+def as_worker(monkeypatch: pytest.MonkeyPatch, invoke) -> Callable[..., Any]:
+    """The command in this process, as a launcher would start rank 0 of 4."""
+    for name, value in {"RANK": 0, "WORLD_SIZE": 4, "LOCAL_RANK": 0, "MASTER_ADDR": "localhost"}.items():
+        monkeypatch.setenv(name, str(value))
+    return invoke
+
+
 def test_resume_needs_a_folder(tiny: Path, invoke) -> None:
     refused(invoke(str(tiny), "--resume"), "--resume: needs --output DIR")
 
 
-def test_ranks_and_launcher_must_agree(tiny: Path, invoke, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in {"RANK": 0, "WORLD_SIZE": 4, "LOCAL_RANK": 0, "MASTER_ADDR": "localhost"}.items():
-        monkeypatch.setenv(name, str(value))
-    refused(invoke(str(tiny), *OVERRIDES, "--ranks", "2"), "--ranks: 2 is not valid; the launcher started 4 ranks")
+def test_resume_needs_a_folder_under_a_launcher_too(tiny: Path, as_worker) -> None:
+    refused(as_worker(str(tiny), "training.global_batch_size=4", "--resume"), "--resume: needs --output DIR")
+
+
+def test_ranks_and_launcher_must_agree(tiny: Path, as_worker) -> None:
+    refused(as_worker(str(tiny), *OVERRIDES, "--ranks", "2"), "--ranks: 2 is not valid; the launcher started 4 ranks")
 
 
 def test_ctrl_c_before_ranks_are_started_ends_without_a_traceback(
