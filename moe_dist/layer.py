@@ -4,6 +4,7 @@ Shape letters: T tokens on this rank, H hidden, R rows received by this rank's e
 """
 
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 
 import torch
 import torch.distributed as dist
@@ -84,6 +85,8 @@ class MoELayer(nn.Module):
         recorder = self.recorder if self.training and not is_recomputation() else None
         with _stage(recorder, "route"):
             routing = self.router(hidden_TH, tokens)
+            for loss in routing.losses.values():
+                routing = replace(routing, weight_P=attach(routing.weight_P, loss, tokens.share))
         input_TH = _to_compute_dtype(hidden_TH)
         with _stage(recorder, "dispatch"):
             rows_RH, segments, ticket = self.dispatcher.dispatch(input_TH, routing)
@@ -95,8 +98,6 @@ class MoELayer(nn.Module):
             out_TH = out_TH + self.shared(input_TH)
         if routing.identity_weight_T is not None:
             out_TH = out_TH + input_TH * routing.identity_weight_T.to(input_TH.dtype)[:, None]
-        for loss in routing.losses.values():
-            out_TH = attach(out_TH, loss, tokens.share)
         if recorder is not None:
             row_bytes = rows_RH.shape[1] * rows_RH.element_size()
             recorder.add_rows(segments.experts, segments.sizes, ticket.send, ticket.receive, row_bytes)

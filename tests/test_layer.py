@@ -14,7 +14,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from moe_dist import MoELayer
-from moe_dist.config.schema import MoEConfig, RoutingConfig
+from moe_dist.config.schema import LossesConfig, MoEConfig, RoutingConfig, ZLossConfig
 from moe_dist.parallel.groups import build_groups
 from moe_dist.placement import ExpertMap
 from moe_dist.routing import Routing, Tokens
@@ -465,3 +465,14 @@ def test_a_map_must_place_all_experts() -> None:
         ValueError, match=r"expert_map: places 2 experts on 1 ranks; it must place moe.num_experts = 4 .*"
     ):
         MoELayer(8, MoEConfig(num_experts=4, ffn_size=8), RoutingConfig(), expert_map=ExpertMap.contiguous(2, 1))
+
+
+def test_the_output_may_be_changed_in_place() -> None:
+    """Auxiliary losses ride on the weights, not on the output."""
+    routing = RoutingConfig(losses=LossesConfig(z=ZLossConfig(coefficient=0.1)))
+    layer, hidden = MoELayer(8, MoEConfig(num_experts=4, ffn_size=8), routing), torch.randn(2, 3, 8)
+    expected = layer(hidden) + hidden
+    changed = layer(hidden)
+    changed += hidden
+    changed.sum().backward()
+    assert torch.equal(changed, expected)

@@ -35,7 +35,10 @@ class BalanceState(nn.Module):
             self.dropped_E += routing.dropped_E
 
     def counts_now(self) -> bool:
-        """Whether this forward is one to count: training, with gradients, and not a recomputation."""
+        """Whether this forward is one to count: training, with gradients, and not a recomputation.
+
+        Reentrant checkpointing (`use_reentrant=True`) first runs without gradients and then recomputes: it is never counted.
+        """
         return self.training and torch.is_grad_enabled() and not is_recomputation()
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:

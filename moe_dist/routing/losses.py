@@ -47,19 +47,19 @@ def z_loss(logits_TE: torch.Tensor, real_T: torch.Tensor | None) -> torch.Tensor
     return _mean(logits_TE.logsumexp(-1).square(), real_T)
 
 
-def attach(hidden: torch.Tensor, loss: torch.Tensor, share: float | torch.Tensor) -> torch.Tensor:
-    """`hidden` unchanged, whose backward adds `share * loss` to the main loss.
+def attach(carrier: torch.Tensor, loss: torch.Tensor, share: float | torch.Tensor) -> torch.Tensor:
+    """`carrier` unchanged, whose backward adds `share * loss` to the main loss.
 
     The loss thus needs no way up the call tree, and no engine has to know of it.
     """
-    return _Attach.apply(hidden, loss, share)
+    return _Attach.apply(carrier, loss, share)
 
 
 class _Attach(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: torch.Tensor, loss: torch.Tensor, share: float | torch.Tensor) -> torch.Tensor:
+    def forward(ctx: Any, carrier: torch.Tensor, loss: torch.Tensor, share: float | torch.Tensor) -> torch.Tensor:
         ctx.share, ctx.dtype = share, loss.dtype
-        return hidden.view_as(hidden)
+        return carrier.view_as(carrier)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:
