@@ -18,10 +18,6 @@ class Segments:
     experts: list[int]
     """For each segment the place of its expert in this rank's weight stack."""
 
-    @property
-    def num_rows(self) -> int:
-        return sum(self.sizes)
-
 
 @dataclass(frozen=True)
 class Plan:

@@ -104,7 +104,7 @@ def routing_of(share: Share, weight_on: Any, slots: int | None) -> Routing:
 
 
 def compute(rows_RH: torch.Tensor, segments: Segments, weights: list[torch.Tensor]) -> torch.Tensor:
-    assert segments.num_rows == sum(segments.sizes) == len(rows_RH)
+    assert sum(segments.sizes) == len(rows_RH)
     blocks = rows_RH.split(segments.sizes)
     done = [expert_of(x, weights[e]) for x, e in zip(blocks, segments.experts, strict=True)]
     return torch.cat([*done, rows_RH[:0]])

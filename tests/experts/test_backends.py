@@ -31,7 +31,7 @@ ACTIVATIONS: list[Activation] = ["swiglu", "gelu"]
 def make_inputs(segments: Segments, activation: Activation, dtype: torch.dtype) -> list[torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
     width = 2 * F if activation == "swiglu" else F
-    shapes = [(segments.num_rows, H), (L, H, width), (L, F, H)]
+    shapes = [(sum(segments.sizes), H), (L, H, width), (L, F, H)]
     draws = [torch.randn(shape, generator=generator).bfloat16() for shape in shapes]  # the same numbers in every format
     return [draw.to(dtype).requires_grad_() for draw in draws]
 
