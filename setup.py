@@ -9,7 +9,7 @@ setup(
     license="Apache-2.0",
     packages=find_packages(include=["moe_dist", "moe_dist.*"]),
     python_requires=">=3.10",
-    install_requires=["torch>=2.11", "numpy", "pydantic>=2.7", "pyyaml", "typer", "rich"],
+    install_requires=["torch>=2.11", "numpy", "pydantic>=2.7", "pyyaml", "rich", "scipy", "typer"],
     extras_require={
         "deepspeed": ["deepspeed"],
         "megatron": ["megatron-core"],
@@ -24,7 +24,6 @@ setup(
             "psutil",
             "pytest",
             "ruff",
-            "scipy",
             "transformers",
             "types-PyYAML",
         ],

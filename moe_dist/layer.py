@@ -4,21 +4,21 @@ Shape letters: T tokens on this rank, H hidden, R rows received by this rank's e
 """
 
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import replace
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
-from moe_dist.config.checks import check_routing
-from moe_dist.config.schema import MoEConfig, RoutingConfig
+from moe_dist.config.routing import RoutingConfig
+from moe_dist.config.routing_checks import check_routing
+from moe_dist.config.schema import MoEConfig
 from moe_dist.dispatch import AllToAllDispatcher
 from moe_dist.experts import Experts, FeedForward
 from moe_dist.initial import draw_normal
 from moe_dist.placement import ExpertMap
 from moe_dist.routing import Tokens, build_router
 from moe_dist.routing.balance import is_recomputation
-from moe_dist.routing.losses import attach
+from moe_dist.routing.losses import attach_losses
 from moe_dist.telemetry.recorder import LayerRecorder
 
 
@@ -37,6 +37,7 @@ class MoELayer(nn.Module):
         expert_parallel_group: dist.ProcessGroup | None = None,
         data_parallel_group: dist.ProcessGroup | None = None,
         expert_map: ExpertMap | None = None,
+        vocab_size: int | None = None,
     ) -> None:
         """Build the layer; weights are the same for every layout (see `initialise`).
 
@@ -47,6 +48,7 @@ class MoELayer(nn.Module):
             expert_parallel_group: ranks over which the experts are spread; None: all are here.
             data_parallel_group: all ranks that hold different tokens, for statistics over the global batch.
             expert_map: which rank owns which expert; default contiguous blocks.
+            vocab_size: token ids are 0 to this less 1; only routing.method: hash needs it.
 
         Raises:
             ValueError: if the routing does not fit the experts, or the group does not divide them and no map is given.
@@ -63,7 +65,7 @@ class MoELayer(nn.Module):
             )
         self.own_experts = self.expert_map.experts_of_rank[rank]
         self.routing = routing
-        self.router = build_router(hidden_size, moe.num_experts, routing, data_parallel_group)
+        self.router = build_router(hidden_size, moe.num_experts, routing, data_parallel_group, vocab_size)
         self.dispatcher = AllToAllDispatcher(self.expert_map, expert_parallel_group)
         self.experts = Experts(hidden_size, moe, len(self.own_experts))
         self.shared: FeedForward | None = None
@@ -85,8 +87,7 @@ class MoELayer(nn.Module):
         recorder = self.recorder if self.training and not is_recomputation() else None
         with _stage(recorder, "route"):
             routing = self.router(hidden_TH, tokens)
-            for loss in routing.losses.values():
-                routing = replace(routing, weight_P=attach(routing.weight_P, loss, tokens.share))
+            routing = attach_losses(routing, tokens.share)
         input_TH = _to_compute_dtype(hidden_TH)
         with _stage(recorder, "dispatch"):
             rows_RH, segments, ticket = self.dispatcher.dispatch(input_TH, routing)
@@ -113,8 +114,7 @@ class MoELayer(nn.Module):
             output_std: of the projections out of them; default `std`.
         """
         output_std = std if output_std is None else output_std
-        for key, parameter in self.router.named_parameters():
-            draw_normal(parameter, f"{name}.router.{key}", seed, self.routing.init_std)
+        self.router.initialise(seed, name)
         for place, expert in enumerate(self.own_experts):
             for key, weight in self.experts.weights_of(place, lambda p: p.data).items():
                 draw_normal(weight, f"{name}.experts.{expert}.{key}", seed, output_std if key == "w_down" else std)

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from moe_dist import MoELayer
-from moe_dist.config.schema import CapacityConfig, MoEConfig, RoutingConfig
+from moe_dist.config.routing import CapacityConfig, RoutingConfig
+from moe_dist.config.schema import MoEConfig
 from moe_dist.telemetry.recorder import STAGES, LayerRecorder
 
 pytestmark = [

@@ -14,11 +14,12 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from moe_dist import MoELayer
-from moe_dist.config.schema import LossesConfig, MoEConfig, RoutingConfig, ZLossConfig
+from moe_dist.config.routing import CoefficientConfig, LossesConfig, RoutingConfig
+from moe_dist.config.schema import MoEConfig
 from moe_dist.parallel.groups import build_groups
 from moe_dist.placement import ExpertMap
 from moe_dist.routing import Routing, Tokens
-from moe_dist.routing.balance import sum_over_ranks, update_biases
+from moe_dist.routing.balance import sum_over_ranks
 from tests.support.distributed import run_ranks
 
 B, S, H, E, K = 4, 6, 6, 8, 2
@@ -143,15 +144,15 @@ def step(layer: MoELayer, batch: Batch, case: Case, share: float = 1, group: dis
     out = checkpoint(layer, hidden, tokens, use_reentrant=False) if case.checkpointed else layer(hidden, tokens)
     (batch.weight_BS[..., None] * (out - batch.target_BSH) ** 2).sum().backward()
     balance = layer.router.balance
-    load_NE, dropped_NE = sum_over_ranks([balance], group)
-    update_biases([balance], load_NE, rate=0.01)
+    (totals,) = sum_over_ranks([balance], group)
+    layer.router.update(totals, bias_rate=0.01)
     return Result(
         out_BSH=out.detach(),
         d_hidden_BSH=hidden.grad,
         gradients=gradients_by_name(layer),
         losses={name: loss.item() * share for name, loss in losses.items()},
-        load_E=load_NE[0],
-        dropped_E=dropped_NE[0],
+        load_E=totals["load_E"],
+        dropped_E=totals["dropped_E"],
         bias_E=balance.bias_E,
     )
 
@@ -469,7 +470,7 @@ def test_a_map_must_place_all_experts() -> None:
 
 def test_the_output_may_be_changed_in_place() -> None:
     """Auxiliary losses ride on the weights, not on the output."""
-    routing = RoutingConfig(losses=LossesConfig(z=ZLossConfig(coefficient=0.1)))
+    routing = RoutingConfig(losses=LossesConfig(z=CoefficientConfig(coefficient=0.1)))
     layer, hidden = MoELayer(8, MoEConfig(num_experts=4, ffn_size=8), routing), torch.randn(2, 3, 8)
     expected = layer(hidden) + hidden
     changed = layer(hidden)

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from moe_dist.cli import audit as audit_command
 from moe_dist.cli import config as config_command
 from moe_dist.cli.arguments import ConfigFile, Overrides, Ranks
 from moe_dist.config import ConfigError, load_config
@@ -46,6 +47,7 @@ def _fail(message: str) -> None:
 
 app = typer.Typer(cls=Commands, add_completion=False, pretty_exceptions_enable=False)
 app.command("config")(config_command.config)
+app.command("audit")(audit_command.audit)
 
 
 @app.callback(invoke_without_command=True)
@@ -84,3 +86,25 @@ def train(
     from moe_dist.cli.train import train as run  # imports torch
 
     raise typer.Exit(run(config, overrides, ranks, output, resume))
+
+
+@app.command("hash-table")
+def hash_table(
+    config: ConfigFile,
+    output: Annotated[Path, typer.Option("--output", metavar="FILE", help="Where the table goes, an .npz file.")],
+    overrides: Overrides = None,
+    embeddings: Annotated[
+        Path | None,
+        typer.Option(
+            "--embeddings",
+            metavar="DIR",
+            help="A run whose embeddings tell which tokens are similar. Default: their neighbours in the text do.",
+        ),
+    ] = None,
+) -> None:
+    """Make the table of routing.method: hash from the training text of CONFIG."""
+    checked = load_config(config, overrides)
+    check_documents(checked)
+    from moe_dist.cli.hash_table import make  # imports torch
+
+    make(checked, output, embeddings)

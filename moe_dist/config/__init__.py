@@ -3,21 +3,20 @@
 from moe_dist.config.errors import ConfigError
 from moe_dist.config.layout import Layout, layout_dependence, layout_of
 from moe_dist.config.load import build_config, dump_config, load_config
-from moe_dist.config.schema import (
+from moe_dist.config.routing import (
     BiasConfig,
     CapacityConfig,
-    Config,
+    CoefficientConfig,
     LoadBalanceLossConfig,
     LossesConfig,
-    ModelConfig,
-    MoEConfig,
     RoutingConfig,
-    ZLossConfig,
 )
+from moe_dist.config.schema import Config, ModelConfig, MoEConfig
 
 __all__ = [
     "BiasConfig",
     "CapacityConfig",
+    "CoefficientConfig",
     "Config",
     "ConfigError",
     "Layout",
@@ -26,7 +25,6 @@ __all__ = [
     "MoEConfig",
     "ModelConfig",
     "RoutingConfig",
-    "ZLossConfig",
     "build_config",
     "dump_config",
     "layout_dependence",

@@ -7,7 +7,10 @@ from typing import Any
 
 from moe_dist.config.errors import ConfigError, show
 from moe_dist.config.layout import fewest_ranks, layout_of, moe_layers
-from moe_dist.config.schema import BYTE_VOCABULARY, CapacityConfig, Config, DataConfig, RoutingConfig, SequenceGroup
+from moe_dist.config.methods import METHODS
+from moe_dist.config.routing import SequenceGroup
+from moe_dist.config.routing_checks import routing_problems
+from moe_dist.config.schema import BYTE_VOCABULARY, Config, DataConfig
 from moe_dist.config.support import ENGINES, IMPLEMENTED, SUPPORT, engines_offering
 
 
@@ -16,7 +19,7 @@ def check(config: Config, num_ranks: int | None = None) -> None:
     problems = [
         *_engine(config),
         *_model(config),
-        *_routing(config.routing, config.moe.num_experts),
+        *routing_problems(config.routing, config.moe.num_experts),
         *_data(config),
         *_training(config),
         *_without_effect(config),
@@ -68,35 +71,6 @@ def _model(config: Config) -> Iterator[str]:
         )
 
 
-def check_routing(routing: RoutingConfig, num_experts: int) -> None:
-    """The checks of a layer that is used without a whole Config. Raises ConfigError."""
-    if problems := list(_routing(routing, num_experts)):
-        raise ConfigError("\n".join(problems))
-
-
-def _routing(routing: RoutingConfig, num_experts: int) -> Iterator[str]:
-    if routing.top_k > num_experts:
-        yield f"routing.top_k: {routing.top_k} is more than moe.num_experts = {num_experts}; use at most that"
-    if routing.top_k == 1 and routing.score == "softmax_top_k":
-        yield "routing.score: softmax_top_k with routing.top_k = 1 gives a constant weight and no gradient; use softmax"
-    elif routing.top_k == 1 and routing.renormalise:
-        yield "routing.renormalise: true with routing.top_k = 1 gives a constant weight and no gradient; use false"
-    elif routing.renormalise and routing.score == "softmax_top_k":
-        yield "routing.renormalise: true has no effect with routing.score: softmax_top_k, which sums to 1; use false"
-    if routing.capacity and routing.top_k <= num_experts:
-        yield from _capacity(routing, routing.capacity)
-
-
-def _capacity(routing: RoutingConfig, capacity: CapacityConfig) -> Iterator[str]:
-    if routing.group == "global":
-        yield "routing.group: 'global' is not offered for routing.capacity; use {sequences: n} or rank"
-    if capacity.renormalise and routing.top_k == 1:
-        yield (
-            "routing.capacity.renormalise: true has no effect with routing.top_k = 1, "
-            "where a dropped token has no other expert; use false"
-        )
-
-
 def _data(config: Config) -> Iterator[str]:
     data, vocab_size = config.data, config.model.vocab_size
     if vocab_size is not None and vocab_size < BYTE_VOCABULARY:
@@ -141,7 +115,11 @@ def _without_effect(config: Config) -> Iterator[str]:
     optimizer = config.training.optimizer.name
     idle = [
         ("moe.num_shared_experts: 0", not config.moe.num_shared_experts, ["moe.shared_gate"]),
-        ("routing.capacity: null", config.routing.capacity is None, ["routing.group"]),
+        (
+            "routing.capacity: null",
+            config.routing.capacity is None and not METHODS[config.routing.method].uses_group,
+            ["routing.group"],
+        ),
         ("data.source: stdlib", config.data.source == "stdlib", ["data.paths"]),
         ("training.optimizer.name: adamw", optimizer == "adamw", ["training.optimizer.momentum"]),
         (

@@ -3,6 +3,7 @@
 import math
 from dataclasses import dataclass
 
+from moe_dist.config.methods import METHODS
 from moe_dist.config.schema import Config
 
 
@@ -67,14 +68,26 @@ def moe_layers(config: Config) -> list[int]:
 
 def layout_dependence(config: Config, layout: Layout) -> list[str]:
     """What of this run depends, by its nature, on the layout of ranks; empty if nothing does."""
-    notes = []
-    if config.routing.capacity and config.routing.group == "rank":
-        notes.append("routing.group: rank (capacity is taken over what one rank holds in one forward)")
-    loss = config.routing.losses.load_balance
-    if loss.coefficient and loss.scope == "micro_batch":
-        notes.append("routing.losses.load_balance.scope: micro_batch (loads of one rank's forward)")
-    if loss.coefficient and loss.scope == "global_batch" and layout.accumulation_steps > 1:
-        notes.append(
-            "routing.losses.load_balance.scope: global_batch with accumulation (early micro-batches see partial loads)"
-        )
+    routing, notes = config.routing, []
+    method = METHODS[routing.method]
+    grouped = [method.uses_group and f"routing.method: {routing.method}", routing.capacity and "routing.capacity"]
+    if decides := " and ".join(key for key in grouped if key):
+        if routing.group == "rank":
+            notes.append(f"routing.group: rank ({decides}: decided over what one rank holds in one forward)")
+        elif layout.accumulation_steps > 1 and (routing.group == "global" or routing.method == "base"):
+            key = "routing.method: base" if routing.group != "global" else "routing.group: global"
+            notes.append(f"{key} with accumulation ({decides}: decided over what all ranks hold in one forward)")
+    for name in ("load_balance", "device", "communication"):
+        loss = getattr(routing.losses, name)
+        if loss.coefficient and loss.scope == "micro_batch":
+            notes.append(f"routing.losses.{name}.scope: micro_batch (loads of one rank's forward)")
+        if loss.coefficient and loss.scope == "global_batch" and layout.accumulation_steps > 1:
+            notes.append(
+                f"routing.losses.{name}.scope: global_batch with accumulation (early micro-batches see partial loads)"
+            )
+    for name in ("importance", "load"):
+        if getattr(routing.losses, name).coefficient and layout.accumulation_steps > 1:
+            notes.append(
+                f"routing.losses.{name} with accumulation (of the sums over what all ranks hold in one forward)"
+            )
     return notes

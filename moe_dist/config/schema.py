@@ -5,28 +5,13 @@ This package imports no torch, so that a wrong config is reported in well under 
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import Field
 
-
-def _not_boolean(value: object) -> object:
-    # pydantic would take true for 1.0
-    return "true" if value is True else "false" if value is False else value
-
-
-PositiveInt = Annotated[int, Field(gt=0, strict=True)]
-NonNegativeInt = Annotated[int, Field(ge=0, strict=True)]
-PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False), BeforeValidator(_not_boolean)]
-NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False), BeforeValidator(_not_boolean)]
-Switch = Annotated[bool, Field(strict=True)]
+from moe_dist.config.fields import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Section, Switch
+from moe_dist.config.routing import RoutingConfig
 
 BYTE_VOCABULARY = 257
 """256 bytes and the document boundary."""
-
-
-class Section(BaseModel):
-    """Base of all sections: unknown keys are refused, values cannot change after loading."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
 
 class ModelConfig(Section):
@@ -84,86 +69,6 @@ class MoEConfig(Section):
     grouped_mm: torch.nn.functional.grouped_mm; auto: cpu on CPUs, grouped_mm on GPUs."""
 
 
-class SequenceGroup(Section):
-    """Routing groups of n consecutive sequences of the global batch."""
-
-    sequences: PositiveInt = 1
-    """Sequences in a group; must divide training.micro_batch_size."""
-
-
-class BiasConfig(Section):
-    """Loss-free balancing: a bias per expert, added to the scores for selection only."""
-
-    rule: Literal["none", "sign"] = "none"
-    """sign: after each step, bias += rate * sign(mean load - load), centred (arXiv 2408.15664, Algorithm 1)."""
-    rate: PositiveFloat = 1e-3
-    """Size of one update, in units of the scores."""
-    final_rate: NonNegativeFloat | None = None
-    """The rate falls linearly to this value over training.steps. Default: it stays."""
-
-
-class LoadBalanceLossConfig(Section):
-    """The Switch load-balance loss, normalised so that uniform routing gives exactly the coefficient."""
-
-    coefficient: NonNegativeFloat = 0.0
-    """0 switches it off."""
-    scope: Literal["micro_batch", "sequence", "global_batch"] = "sequence"
-    """Over which tokens loads are counted. micro_batch: those of this rank's forward; sequence: each sequence on its own;
-    global_batch: all ranks, summed over the accumulation steps so far (arXiv 2501.11873)."""
-
-
-class ZLossConfig(Section):
-    """Router z-loss: coefficient * mean(logsumexp(logits)^2) (arXiv 2202.08906)."""
-
-    coefficient: NonNegativeFloat = 0.0
-    """0 switches it off."""
-
-
-class LossesConfig(Section):
-    """Auxiliary losses of the router."""
-
-    load_balance: LoadBalanceLossConfig = LoadBalanceLossConfig()
-    z: ZLossConfig = ZLossConfig()
-
-
-class CapacityConfig(Section):
-    """A limit on the pairs an expert takes from one routing group: ceil(factor * k * tokens / experts). Training only."""
-
-    factor: PositiveFloat
-    """Room over the balanced load; 1.0 is exactly the balanced load."""
-    policy: Literal["position", "weight"] = "position"
-    """Which pairs stay when an expert is full: the earliest (causal), or those of highest weight (looks ahead)."""
-    renormalise: Switch = False
-    """Scale the weights of a token's kept pairs up to the sum they had before dropping."""
-    pad: Switch = False
-    """Send exactly the capacity to every expert, padded by empty rows: static shapes, no exchange of counts."""
-
-
-class RoutingConfig(Section):
-    """Which experts a token uses, with what weight, and how the load is kept balanced."""
-
-    method: Literal["top_k"] = "top_k"
-    """top_k: the k experts of highest score (plus bias)."""
-    score: Literal["softmax", "softmax_top_k", "sigmoid"] = "softmax"
-    """softmax over all experts; softmax_top_k: softmax over the chosen k (Mixtral); sigmoid (DeepSeek-V3)."""
-    top_k: PositiveInt = 2
-    """Experts per token."""
-    renormalise: Switch = False
-    """Divide a token's weights by their sum. softmax_top_k is normalised already."""
-    scaling_factor: PositiveFloat = 1.0
-    """Multiplies the weights after renormalisation (DeepSeek-V3: 2.5)."""
-    init_std: PositiveFloat = 0.006
-    """Standard deviation of the router's initial weight (arXiv 2408.15664: 0.006)."""
-    group: SequenceGroup | Literal["global", "rank"] = SequenceGroup()
-    """Tokens over which a decision on more than one token is taken: {sequences: n}, rank (this rank's micro-batch), or global."""
-    bias: BiasConfig = BiasConfig()
-    """Loss-free balancing."""
-    losses: LossesConfig = LossesConfig()
-    """Auxiliary losses."""
-    capacity: CapacityConfig | None = None
-    """null: dropless."""
-
-
 class ParallelConfig(Section):
     """How the ranks are divided. Data parallelism is what is left; experts fold over the data ranks."""
 
@@ -184,9 +89,9 @@ class DataConfig(Section):
 
     source: Literal["stdlib", "files"] = "stdlib"
     """stdlib: the Python standard library's source files, on every machine, offline; files: those under `paths`."""
-    paths: list[str] = []
+    paths: list[str] = Field(default=[])
     """Files or folders (read recursively) for source: files."""
-    suffixes: list[str] = [".py", ".txt", ".md"]
+    suffixes: list[str] = Field(default=[".py", ".txt", ".md"])
     """Files of these endings are taken from the folders in `paths`."""
     holdout_fraction: Annotated[float, Field(ge=0, le=0.5)] = 0.05
     """Share of the files, chosen by a hash of their path, kept whole for evaluation."""

@@ -42,8 +42,8 @@ class Batch:
         """Tokens that are not padding. Reads the batch on the host: call it before `to`."""
         return self.input_BS.numel() if self.padding_BS is None else int((~self.padding_BS).sum())
 
-    def tokens(self, share: float = 1.0) -> Tokens:
-        """What the routers may know of the tokens, and the share of the step's tokens that they are."""
+    def tokens(self, share: float = 1.0, step: int = 0) -> Tokens:
+        """What the routers may know of the tokens, and the share that they are of the tokens of optimiser step `step`."""
         num_sequences, length = self.input_BS.shape
         position_S = torch.arange(length, device=self.input_BS.device)
         local_B = torch.arange(num_sequences, device=self.input_BS.device)
@@ -54,5 +54,6 @@ class Batch:
             global_index_T=(self.sequence_B[:, None] * length + position_S).flatten(),
             padding_T=None if self.padding_BS is None else self.padding_BS.flatten(),
             num_sequences=num_sequences,
+            step=step,
             share=share,
         )

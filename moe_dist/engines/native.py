@@ -33,7 +33,7 @@ from moe_dist.model import Transformer
 from moe_dist.parallel.groups import build_groups
 from moe_dist.placement import ExpertMap
 from moe_dist.routing import Routing
-from moe_dist.routing.balance import sum_over_ranks, update_biases
+from moe_dist.routing.balance import Totals, sum_over_ranks
 from moe_dist.telemetry.recorder import LayerRecorder
 
 
@@ -47,9 +47,18 @@ class StepResult:
     """Before clipping."""
     skipped: bool
     """Loss or gradient was not finite; no weight, moment or bias has changed."""
-    load_NE: torch.Tensor
-    """int64, on the device: pairs per layer and expert before any drop."""
-    dropped_NE: torch.Tensor
+    totals: list[Totals]
+    """Of each MoE layer the counters of its router, on the device."""
+
+    @property
+    def load_NE(self) -> torch.Tensor:
+        """int64: pairs per layer and expert before any drop."""
+        return torch.stack([totals["load_E"] for totals in self.totals])
+
+    @property
+    def dropped_NE(self) -> torch.Tensor:
+        """int64: pairs that capacity removed."""
+        return torch.stack([totals["dropped_E"] for totals in self.totals])
 
 
 class NativeEngine:
@@ -77,7 +86,9 @@ class NativeEngine:
         self.parameters = local_parameters(self.model)
         self.optimizer = build_optimizer(self.parameters, config.training.optimizer)
         create_moments(self.optimizer)
-        self.balances = [layer.router.balance for layer in self.model.moe_layers.values()]
+        self.routers = [layer.router for layer in self.model.moe_layers.values()]
+        for router in self.routers:
+            router.tolerates_nonfinite = True  # train_step skips such a step, and first_nonfinite names the layer
         self.recorders = {number: LayerRecorder(device) for number in self.model.moe_layers}
         for number, layer in self.model.moe_layers.items():
             layer.recorder = self.recorders[number]
@@ -93,7 +104,14 @@ class NativeEngine:
         return total.tolist()
 
     def train_step(
-        self, batches: list[Batch], num_targets: int, num_tokens: int, learning_rate: float, bias_rate: float
+        self,
+        batches: list[Batch],
+        num_targets: int,
+        num_tokens: int,
+        learning_rate: float,
+        bias_rate: float,
+        step: int = 0,
+        observe: bool = False,
     ) -> StepResult:
         """Accumulate the gradient of this rank's micro-batches, reduce it, and take one optimiser step.
 
@@ -101,40 +119,50 @@ class NativeEngine:
             batches: this rank's share of the global batch.
             num_targets, num_tokens: of the whole global batch, over all ranks; the divisors of the loss and of the
                 auxiliary losses.
-            bias_rate: size of the update of the loss-free bias.
+            bias_rate: size of the update of the loss-free bias; 0 leaves it as it is.
+            step: optimiser steps done before this one: random numbers of the routers depend on it.
+            observe: also gather the routers' statistics (moe_dist.routing.observation).
         """
-        loss_sum = self.accumulate(batches, num_targets, num_tokens)
+        for router in self.routers:
+            router.observing = observe
+        loss_sum = self.accumulate(batches, num_targets, num_tokens, step)
         take_gradients(self.parameters)
         totals = torch.stack([loss_sum, squared_norm(self.parameters)])
         if self._all_ranks is not None:
             dist.all_reduce(totals)
-        load_NE, dropped_NE = sum_over_ranks(self.balances, self._all_ranks)
+        totals_N = sum_over_ranks([router.balance for router in self.routers], self._all_ranks)
         loss, norm = totals.tolist()  # waits for the device: whether to update is decided here
         loss, norm = loss / max(1, num_targets), math.sqrt(norm) if norm >= 0 else math.nan
         skipped = not (math.isfinite(loss) and math.isfinite(norm))
         if not skipped:
             self._update(norm, learning_rate)
-            if self.config.routing.bias.rule != "none":
-                update_biases(self.balances, load_NE, bias_rate)
+            for router, totals_of_layer in zip(self.routers, totals_N, strict=True):
+                router.update(totals_of_layer, bias_rate)
         drop_gradients(self.parameters)
-        return StepResult(loss, norm, skipped, load_NE, dropped_NE)
+        return StepResult(loss, norm, skipped, totals_N)
 
-    def accumulate(self, batches: list[Batch], num_targets: int, num_tokens: int) -> torch.Tensor:
+    def accumulate(self, batches: list[Batch], num_targets: int, num_tokens: int, step: int = 0) -> torch.Tensor:
         """Forward and backward of all micro-batches. Returns this rank's summed loss, float64 []."""
         self.model.train()
         loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
         for number, batch in enumerate(batches):
             for module in self._sharded:
                 module.set_requires_gradient_sync(number == len(batches) - 1, recurse=False)
-            loss = self._loss(batch, share=batch.num_tokens() / max(1, num_tokens))
+            loss = self._loss(batch, batch.num_tokens() / max(1, num_tokens), step)
             (loss / max(1, num_targets)).backward()
             loss_sum += loss.detach()
         return loss_sum
 
     @torch.no_grad()
-    def evaluate(self, batches: list[Batch]) -> tuple[float, int, torch.Tensor]:
-        """Loss summed over the targets of all ranks, in nats, their number, and the load_NE of all layers."""
+    def evaluate(self, batches: list[Batch], as_trained: bool = False) -> tuple[float, int, torch.Tensor]:
+        """Loss summed over the targets of all ranks, in nats, their number, and the load_NE of all layers.
+
+        Args:
+            as_trained: route by the method's rule of training, whatever routing.evaluation says.
+        """
         self.model.eval()
+        for router in self.routers:
+            router.as_trained = as_trained or self.config.routing.evaluation == "as_trained"
         loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
         with self._loads() as load_NE:
             for batch in batches:
@@ -174,11 +202,11 @@ class NativeEngine:
             return "a gradient, while all outputs are finite"
         return f"the output of {names[first]}" if names[first] else "the logits"
 
-    def _loss(self, batch: Batch, share: float) -> torch.Tensor:
+    def _loss(self, batch: Batch, share: float, step: int = 0) -> torch.Tensor:
         """Cross-entropy summed over the targets of a micro-batch."""
         batch = batch.to(self.device)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bfloat16"):
-            logits_BSV = self.model(batch.input_BS, batch.tokens(share), batch.document_BS)
+            logits_BSV = self.model(batch.input_BS, batch.tokens(share, step), batch.document_BS)
         logits_TV = logits_BSV.flatten(0, 1).to(torch.promote_types(logits_BSV.dtype, torch.float32))
         return functional.cross_entropy(logits_TV, batch.target_BS.flatten(), ignore_index=IGNORED, reduction="sum")
 

@@ -3,7 +3,7 @@
 model.{weight}                       see moe_dist.model.names
 optimizer.{moment}.{weight}          exp_avg and exp_avg_sq of AdamW, momentum_buffer of SGD
 optimizer.updates                    optimiser steps taken (skipped ones are not)
-balance.{layer}.bias                 the loss-free bias
+balance.{layer}.{value}              of the balancer: bias, and what else the routing keeps
 """
 
 import torch
@@ -27,7 +27,7 @@ def engine_state(
 
         state |= {f"optimizer.{moment}.{name}": tensor for name, tensor in global_tensors(model, of)}
     for number, layer in model.moe_layers.items():
-        state[f"balance.{number}.bias"] = layer.router.balance.bias_E
+        state |= {f"balance.{number}.{name}": value for name, value in layer.router.balance.values()}
     return state
 
 

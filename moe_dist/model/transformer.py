@@ -68,6 +68,7 @@ class Transformer(nn.Module):
                     expert_parallel_group,
                     data_parallel_group,
                     expert_map,
+                    vocab_size,
                 )
                 if number in with_experts
                 else None,

@@ -1,4 +1,7 @@
-"""All-to-all with autograd. Shape letters: P rows sent, R rows received, H width of a row."""
+"""Collectives: all-to-all with autograd, and all-gather.
+
+Shape letters: P rows sent, R rows received, H width of a row, T rows of a rank, N their width.
+"""
 
 from typing import Any
 
@@ -64,3 +67,12 @@ def _exchange(rows: torch.Tensor, send: list[int], receive: list[int], group: di
     received = rows.new_empty(sum(receive), *rows.shape[1:])
     dist.all_to_all_single(received, rows.contiguous(), receive, send, group=group)
     return received
+
+
+def all_gather_rows(rows_TN: torch.Tensor, group: dist.ProcessGroup | None) -> torch.Tensor:
+    """The rows of all ranks in rank order, [ranks x T, N]; every rank must hold equally many. Not differentiable."""
+    if group is None:
+        return rows_TN
+    all_rows = rows_TN.new_empty(dist.get_world_size(group) * len(rows_TN), *rows_TN.shape[1:])
+    dist.all_gather_into_tensor(all_rows, rows_TN.contiguous(), group=group)
+    return all_rows

@@ -1,10 +1,10 @@
-"""Balancer state of one layer, and its update once per optimiser step.
+"""Balancer state of one layer, and its sum over ranks once per optimiser step.
 
-Shape letters: N MoE layers, E experts.
+Shape letters: E experts.
 """
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -12,24 +12,64 @@ from torch import nn
 
 from moe_dist.routing.types import Routing
 
+FIXED_POINT = 2.0**24
+"""Real numbers are summed as integers in units of 1 / this: exact, so equal on all ranks and in every layout."""
+
 
 class BalanceState(nn.Module):
-    """Selection bias and load counters. Equal on all ranks after each update; evaluation and recomputation never touch it."""
+    """Counters of the current step, and the values that past steps have left.
 
-    bias_E: torch.Tensor
-    load_E: torch.Tensor
-    dropped_E: torch.Tensor
-    batch_load_E: torch.Tensor
+    Values are equal on all ranks and are in the checkpoint. Evaluation, recomputation and casts of the model touch neither.
+    """
+
+    if TYPE_CHECKING:  # every buffer that is added
+
+        def __getattr__(self, name: str) -> torch.Tensor: ...
 
     def __init__(self, num_experts: int) -> None:
         super().__init__()
-        self.register_buffer("bias_E", torch.zeros(num_experts))
-        # Counts of the current optimiser step: of this rank, and of all ranks for the global_batch loss.
-        for name in ("load_E", "dropped_E", "batch_load_E"):
-            self.register_buffer(name, torch.zeros(num_experts, dtype=torch.int64), persistent=False)
+        self._counters: list[str] = []
+        self._batch_loads: list[str] = []
+        self.add_value("bias_E", torch.zeros(num_experts))
+        self.add_counter("tokens")
+        self.add_counter("load_E", num_experts)
+        self.add_counter("dropped_E", num_experts)
 
-    def count(self, routing: Routing) -> None:
-        """Add the load of one training forward. Call it behind `counts_now`."""
+    def add_value(self, name: str, value: torch.Tensor) -> None:
+        """A buffer that is in the checkpoint."""
+        self.register_buffer(name, value)
+
+    def add_counter(self, name: str, *shape: int) -> None:
+        """An int64 buffer of this rank's counts, which `sum_over_ranks` sums and starts anew."""
+        self._counters.append(name)
+        self.register_buffer(name, torch.zeros(shape, dtype=torch.int64), persistent=False)
+
+    def add_batch_load(self, name: str, size: int) -> None:
+        """An int64 buffer of the step's loads over all ranks, for the loss of that name with scope: global_batch."""
+        self._batch_loads.append(name)
+        self.register_buffer(f"batch_{name}", torch.zeros(size, dtype=torch.int64), persistent=False)
+
+    def batch_load(self, name: str) -> torch.Tensor:
+        """The buffer of `add_batch_load`."""
+        return getattr(self, f"batch_{name}")
+
+    def values(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """What is in the checkpoint, by name without shape letters."""
+        for name in self.state_dict():
+            yield name.rpartition("_")[0] or name, getattr(self, name)
+
+    def counters(self) -> dict[str, torch.Tensor]:
+        """The counters by name."""
+        return {name: getattr(self, name) for name in self._counters}
+
+    def start_anew(self) -> None:
+        """Zero the counts of the step."""
+        for counter in (*self.counters().values(), *map(self.batch_load, self._batch_loads)):
+            counter.zero_()
+
+    def count(self, routing: Routing, num_tokens: int | torch.Tensor) -> None:
+        """Add the load of one training forward with so many tokens that are not padding. Call it behind `counts_now`."""
+        self.tokens += num_tokens
         self.load_E += routing.load_E
         if routing.dropped_E is not None:
             self.dropped_E += routing.dropped_E
@@ -57,35 +97,33 @@ def is_recomputation() -> bool:
     return torch._C._current_graph_task_id() != -1
 
 
-def sum_over_ranks(
-    states: Sequence[BalanceState], group: dist.ProcessGroup | None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Loads and drops of the step over all ranks, by one all-reduce of all layers; the counters start anew.
+Totals = dict[str, torch.Tensor]
+"""The counters of one layer, int64, summed over all ranks."""
+
+
+def sum_over_ranks(states: Sequence[BalanceState], group: dist.ProcessGroup | None) -> list[Totals]:
+    """The counters of the step over all ranks, by one all-reduce for all layers; the counters start anew.
 
     Args:
         states: one for each MoE layer, in the same order on all ranks of `group`.
         group: all ranks that hold different tokens; None for one rank.
-
-    Returns:
-        load_NE and dropped_NE, int64.
     """
-    counts_N2E = torch.stack([torch.stack([state.load_E, state.dropped_E]) for state in states])
+    counters = [counter for state in states for counter in state.counters().values()]
+    flat = torch.cat([counter.flatten() for counter in counters])
     if group is not None:
-        dist.all_reduce(counts_N2E, group=group)
+        dist.all_reduce(flat, group=group)
+    parts = iter(flat.split([counter.numel() for counter in counters]))
+    totals = [{name: next(parts).view(counter.shape) for name, counter in state.counters().items()} for state in states]
     for state in states:
-        for counter in (state.load_E, state.dropped_E, state.batch_load_E):
-            counter.zero_()
-    return counts_N2E[:, 0], counts_N2E[:, 1]
+        state.start_anew()
+    return totals
 
 
-def update_biases(states: Sequence[BalanceState], load_NE: torch.Tensor, rate: float) -> None:
-    """bias += rate * sign(mean load - load), centred (arXiv 2408.15664, Algorithm 1).
+def to_fixed_point(value: torch.Tensor) -> torch.Tensor:
+    """int64, for counters of real numbers."""
+    return (value.double() * FIXED_POINT).round().to(torch.int64)
 
-    The comparison is of integers, so that no rounding can turn a sign. Centring leaves top-k as it is and keeps the mean
-    from drifting.
-    """
-    num_experts = load_NE.shape[1]
-    step_NE = torch.sign(load_NE.sum(1, keepdim=True) - num_experts * load_NE).to(torch.float32) * rate
-    for state, step_E in zip(states, step_NE, strict=True):
-        state.bias_E += step_E
-        state.bias_E -= state.bias_E.mean()
+
+def from_fixed_point(total: torch.Tensor) -> torch.Tensor:
+    """float64 of a sum of `to_fixed_point`."""
+    return total.double() / FIXED_POINT

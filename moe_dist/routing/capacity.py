@@ -1,73 +1,160 @@
 """Capacity: a pure function Routing -> Routing that drops what an expert has no room for.
 
-Shape letters: T tokens, E experts, P pairs before, Q pairs kept, G routing groups on this rank.
+Pairs compete in buckets: those of one expert (or of one group of experts) in one routing group. A bucket keeps the pairs of
+highest priority up to its room, and among equals the earliest.
+
+Shape letters: T tokens, E experts, P pairs before, Q pairs kept, X pairs of all ranks.
 """
 
 import dataclasses
 import math
+from typing import Literal
 
 import torch
+import torch.distributed as dist
 
-from moe_dist.config.schema import CapacityConfig
+from moe_dist.config.routing import CapacityConfig, RoutingConfig
+from moe_dist.parallel.collectives import all_gather_rows
+from moe_dist.routing.groups import index_of, num_groups, tokens_per_group
+from moe_dist.routing.random import uniform
 from moe_dist.routing.types import Routing, Tokens
 
 
 def apply_capacity(
-    routing: Routing, capacity: CapacityConfig, top_k: int, tokens: Tokens, num_tokens: int, group_sequences: int
+    routing: Routing,
+    config: RoutingConfig,
+    tokens: Tokens,
+    best_score_T: torch.Tensor,
+    random_key: int,
+    training: bool,
+    group: dist.ProcessGroup | None,
 ) -> Routing:
-    """Keep at most `capacity_of_group` pairs of each expert in each routing group, in token order or by weight.
+    """Keep at most `room_of_bucket` pairs in each bucket, by the policy of the config.
 
     Args:
-        routing: all pairs, none dropped yet.
-        tokens: for the number of sequences.
-        num_tokens: T, padding included: capacity depends on shapes only, never on data.
-        group_sequences: sequences of one routing group.
+        routing: all pairs, none dropped yet, no (token, expert) twice.
+        best_score_T: highest score of each token, padding included, for batch_priority.
+        random_key: of the random policy.
+        training: whether `factor` or `evaluation_factor` holds.
+        group: the ranks of routing.group: global, and those that must agree on padded slots; they must hold equally many
+            tokens. None: this rank alone.
 
     Returns:
         The kept pairs, still in token order, with `dropped_E`, and `pairs_per_expert` if the config pads.
+
+    Raises:
+        ValueError: if routing.group.sequences does not divide the sequences of the batch.
     """
-    if tokens.num_sequences % group_sequences:
-        raise ValueError(
-            f"routing.group.sequences: {group_sequences} does not divide the {tokens.num_sequences} sequences of the batch"
-        )
-    num_experts, num_groups = routing.load_E.shape[0], max(1, tokens.num_sequences // group_sequences)
-    room = capacity_of_group(num_tokens // num_groups, num_experts, top_k, capacity.factor)
-    # One bucket for each (group, expert); a pair's rank within its bucket decides.
-    group_P = routing.token_P // max(1, num_tokens // num_groups)
-    bucket_P = group_P * num_experts + routing.expert_P
-    rank_P = _rank_in_bucket(bucket_P, routing.weight_P if capacity.policy == "weight" else None)
-    kept_P = rank_P < room
+    assert config.capacity is not None
+    num_tokens, num_experts = len(best_score_T), len(routing.load_E)
+    group_tokens = tokens_per_group(config.group, tokens, num_tokens, group)
+    room = room_of_bucket(config, group_tokens, num_experts, training)
+    # With one routing group, even if it is spread over ranks, all tokens of this rank are in group 0.
+    bucket_P = routing.token_P // max(1, group_tokens) * num_experts
+    bucket_P = bucket_P + routing.expert_P // experts_per_bucket(config, num_experts)
+    priority_P = _priority(routing, config.capacity, tokens, best_score_T, random_key)
+    if config.group == "global" and group is not None:
+        place_P = _place_over_ranks(bucket_P, priority_P, group)
+    else:
+        place_P = place_in_bucket(bucket_P, priority_P)
+    kept_P = place_P < room
     kept_Q = kept_P.nonzero().squeeze(1)
-    weight_Q = routing.weight_P[kept_Q]
-    if capacity.renormalise:
-        weight_Q = _renormalise(routing, kept_P, num_tokens)[kept_Q]
-    lost_E = torch.zeros_like(routing.load_E).scatter_add_(0, routing.expert_P, (~kept_P).to(torch.int64))
+    weight_P = _renormalise(routing, kept_P, num_tokens) if config.capacity.renormalise else routing.weight_P
+    zero_E = torch.zeros_like(routing.load_E)
+    kept_E = zero_E.scatter_add(0, routing.expert_P, kept_P.to(torch.int64))
     return dataclasses.replace(
         routing,
         token_P=routing.token_P[kept_Q],
         expert_P=routing.expert_P[kept_Q],
-        weight_P=weight_Q,
-        dropped_E=lost_E,
-        pairs_per_expert=room * num_groups if capacity.pad else None,
+        weight_P=weight_P[kept_Q],
+        dropped_E=zero_E.scatter_add(0, routing.expert_P, (~kept_P).to(torch.int64)),
+        pairs_per_expert=_slots(config, tokens, room, num_tokens, kept_E, training, group),
     )
 
 
-def capacity_of_group(num_tokens: int, num_experts: int, top_k: int, factor: float) -> int:
-    """ceil(factor * k * T / E), at least 1 and at most T: a token uses an expert once."""
-    exact = factor * top_k * num_tokens / num_experts
-    return max(1, min(num_tokens, math.ceil(exact - 1e-9)))  # 1.1 * 2 * 10 / 4 is 5.5000000000000004
+def factor_now(capacity: CapacityConfig, training: bool) -> float | Literal["auto"] | None:
+    """The factor in training or in evaluation; None: no limit."""
+    return capacity.factor if training else capacity.evaluation_factor
 
 
-def _rank_in_bucket(bucket_P: torch.Tensor, weight_P: torch.Tensor | None) -> torch.Tensor:
-    """int64 [P]: place of each pair in its bucket, by position, or by falling weight (ties by position)."""
+def room_of_bucket(config: RoutingConfig, num_tokens: int, num_experts: int, training: bool) -> int:
+    """Pairs that a bucket may keep; for factor: auto those of maximum_factor, as less room would only matter to padding.
+
+    Args:
+        num_tokens: of a routing group, padding included: capacity depends on shapes only, never on data.
+        num_experts: E, without zero-computation experts.
+    """
+    assert config.capacity is not None
+    factor = factor_now(config.capacity, training)
+    if factor == "auto":
+        factor = config.capacity.maximum_factor
+    size = experts_per_bucket(config, num_experts)
+    if factor is None:
+        return num_tokens * size
+    return capacity_of_group(num_tokens, num_experts // size, config.top_k, factor, config.capacity.minimum, size)
+
+
+def capacity_of_group(
+    num_tokens: int, num_buckets: int, top_k: int, factor: float, minimum: int = 1, experts: int = 1
+) -> int:
+    """ceil(factor * k * T / buckets), at least `minimum` and at most T * experts of a bucket: a token uses an expert once."""
+    exact = factor * top_k * num_tokens / num_buckets
+    room = max(minimum, math.ceil(exact - 1e-9))  # 1.1 * 2 * 10 / 4 is 5.5000000000000004
+    return max(1, min(num_tokens * experts, room))
+
+
+def experts_per_bucket(config: RoutingConfig, num_experts: int) -> int:
+    """1, or the experts of a group for level: expert_group. Expert i is in bucket i // this."""
+    assert config.capacity is not None
+    if config.capacity.level == "expert":
+        return 1
+    assert config.expert_groups is not None
+    return num_experts // config.expert_groups.count
+
+
+def place_in_bucket(bucket_P: torch.Tensor, priority_P: torch.Tensor | None) -> torch.Tensor:
+    """int64 [P]: place of each pair in its bucket, by falling priority (ties by position), or by position alone."""
     order_P = torch.arange(bucket_P.shape[0], device=bucket_P.device)
-    if weight_P is not None:
-        order_P = weight_P.detach().argsort(descending=True, stable=True)
+    if priority_P is not None:
+        order_P = priority_P.argsort(descending=True, stable=True)
     order_P = order_P[bucket_P[order_P].argsort(stable=True)]
     sorted_P = bucket_P[order_P]
     first_P = torch.searchsorted(sorted_P, sorted_P)  # where the pair's bucket begins
     place_P = torch.arange(bucket_P.shape[0], device=bucket_P.device) - first_P
     return torch.empty_like(place_P).scatter_(0, order_P, place_P)
+
+
+def random_priority(random_key: int, tokens: Tokens, pair_index: torch.Tensor) -> torch.Tensor:
+    """float64 of the shape of `pair_index`: a pure function of key, step and (place in the global batch) * E + expert."""
+    return uniform(random_key, tokens.step, pair_index.flatten()).view(pair_index.shape)
+
+
+def _priority(
+    routing: Routing, capacity: CapacityConfig, tokens: Tokens, best_score_T: torch.Tensor, random_key: int
+) -> torch.Tensor | None:
+    """[P] by which pairs stay, highest first; None: by position."""
+    if capacity.policy == "weight":
+        return routing.weight_P.detach()
+    if capacity.policy == "batch_priority":
+        return best_score_T[routing.token_P]
+    if capacity.policy == "random":
+        index_T = index_of(tokens, best_score_T)
+        return random_priority(random_key, tokens, index_T[routing.token_P] * len(routing.load_E) + routing.expert_P)
+    return None
+
+
+def _place_over_ranks(
+    bucket_P: torch.Tensor, priority_P: torch.Tensor | None, group: dist.ProcessGroup
+) -> torch.Tensor:
+    """`place_in_bucket` among the pairs of all ranks, in rank order."""
+    most = bucket_P.new_tensor([len(bucket_P)])
+    dist.all_reduce(most, op=dist.ReduceOp.MAX, group=group)
+    rows_P2 = bucket_P.new_full((int(most), 2), -1, dtype=torch.float64)  # the rest competes in a bucket of its own
+    rows_P2[: len(bucket_P), 0] = bucket_P.double()  # exact up to 2^53, as are float32 priorities
+    rows_P2[: len(bucket_P), 1] = 0 if priority_P is None else priority_P.double()
+    rows_X2 = all_gather_rows(rows_P2, group)
+    place_X = place_in_bucket(rows_X2[:, 0].long(), rows_X2[:, 1])
+    return place_X.narrow(0, dist.get_rank(group) * int(most), len(bucket_P))
 
 
 def _renormalise(routing: Routing, kept_P: torch.Tensor, num_tokens: int) -> torch.Tensor:
@@ -77,3 +164,31 @@ def _renormalise(routing: Routing, kept_P: torch.Tensor, num_tokens: int) -> tor
     kept_T = zero_T.index_add(0, routing.token_P, routing.weight_P * kept_P)
     scale_T = all_T / torch.where(kept_T > 0, kept_T, 1)
     return routing.weight_P * scale_T[routing.token_P]
+
+
+def _slots(
+    config: RoutingConfig,
+    tokens: Tokens,
+    room: int,
+    num_tokens: int,
+    kept_E: torch.Tensor,
+    training: bool,
+    group: dist.ProcessGroup | None,
+) -> int | None:
+    """Padded slots of each expert, equal on all ranks; None without padding.
+
+    They follow from shapes, but for factor: auto, which costs one small all-reduce of what the fullest expert of any rank
+    keeps and makes the host wait for it. Of a global group, a rank may hold all kept pairs of an expert, so that it needs
+    the room of the whole group, or a slot for each of its tokens if these are fewer.
+    """
+    assert config.capacity is not None
+    if not config.capacity.pad:
+        return None
+    if factor_now(config.capacity, training) == "auto":
+        most = kept_E.max()
+        if group is not None:
+            dist.all_reduce(most, op=dist.ReduceOp.MAX, group=group)
+        return max(config.capacity.minimum, int(most))
+    if config.group == "global":
+        return min(room, num_tokens)
+    return room * num_groups(config.group, tokens)

@@ -1,6 +1,6 @@
-"""The two records of the routing contract.
+"""The records of the routing contract.
 
-Shape letters: T tokens on this rank, E experts (global), P routed (token, expert) pairs on this rank.
+Shape letters: T tokens on this rank, E experts (global), K choices of a token, P routed (token, expert) pairs on this rank.
 """
 
 from dataclasses import dataclass, field
@@ -25,8 +25,22 @@ class Tokens:
     """bool: True for tokens that are not there. They are not routed and count nowhere."""
     num_sequences: int = 1
     """Sequences of this micro-batch, all of the same number of tokens."""
+    step: int = 0
+    """Optimiser steps done before this one: what random numbers and schedules depend on."""
     share: float | torch.Tensor = 1.0
     """Weight of this micro-batch's auxiliary losses: its tokens over those of the optimiser step, on all ranks."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What a method chose, before weights."""
+
+    expert_TK: torch.Tensor
+    """int64: experts of each token, in the order of its preference where it has one."""
+    valid_TK: torch.Tensor | None = None
+    """bool: False where there is no choice after all (padding; methods whose number of choices varies). None: all hold."""
+    slots: int | None = None
+    """The most valid choices of any expert, where the method guarantees a number that is equal on all ranks."""
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ Shapes: B sequences of a micro-batch, S sequence length, N tokens of a stream.
 
 from functools import lru_cache
 from hashlib import sha256
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -33,6 +33,9 @@ class Data(Protocol):
 
     vocab_size: int
     """Tokens are 0 to vocab_size - 1."""
+
+    def training_stream(self) -> npt.NDArray[np.integer[Any]]:
+        """All tokens to train on, in one row, before they are cut into sequences."""
 
     def micro_batches(self, step: int, data_rank: int, layout: Layout) -> list[Batch]:
         """The rank's share of the global batch of a step, one Batch for each accumulation step.
@@ -68,6 +71,10 @@ class TextData:
         self.digest = sha256(self._train_N.tobytes() + self._held_out_N.tobytes()).hexdigest()
         """Of all tokens: equal on ranks that read the same text."""
         check_sizes(config, len(self._train_N), len(self._held_out_N))
+
+    def training_stream(self) -> npt.NDArray[np.uint16]:
+        """See Data."""
+        return self._train_N
 
     def micro_batches(self, step: int, data_rank: int, layout: Layout) -> list[Batch]:
         """See Data."""

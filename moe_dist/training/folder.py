@@ -73,7 +73,19 @@ def prepare_folder(folder: RunFolder, config: Config, step: int) -> None:
 _FIXED = [
     ("model",),
     ("moe",),
-    *(("routing", key) for key in ("method", "score", "top_k", "renormalise", "scaling_factor")),
+    *(
+        ("routing", key)
+        for key in (
+            "method",
+            "score",
+            "top_k",
+            "renormalise",
+            "scaling_factor",
+            "similarity",
+            "temperature",
+            "zero_experts",
+        )
+    ),
     ("data",),
     ("training", "seed"),
     ("training", "global_batch_size"),

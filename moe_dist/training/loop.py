@@ -13,12 +13,14 @@ import torch
 import torch.distributed as dist
 
 from moe_dist.config import Config, Layout
+from moe_dist.config.methods import METHODS
 from moe_dist.engines.batch import Batch
 from moe_dist.engines.native import NativeEngine, StepResult
 from moe_dist.telemetry.records import RecordFile
 from moe_dist.training.checkpoint import load_checkpoint, save_checkpoint
 from moe_dist.training.data import Data
 from moe_dist.training.folder import RunFolder, prepare_folder
+from moe_dist.training.hash_tables import set_tables
 from moe_dist.training.records import evaluation_record, load_record, metrics_record, summed_losses
 from moe_dist.training.schedule import bias_rate, learning_rate
 from moe_dist.training.screen import Screen
@@ -49,6 +51,7 @@ class Training:
     def __init__(self, config: Config, layout: Layout, device: torch.device, data: Data, folder: RunFolder) -> None:
         self.config, self.layout, self.data, self.folder = config, layout, data, folder
         self.engine = NativeEngine(config, layout, device, config.model.vocab_size or data.vocab_size)
+        set_tables(self.engine, data)
         self.progress = Progress(load_checkpoint(folder.checkpoint, self.engine) if folder.checkpoint else 0)
         if dist.get_rank() == 0:
             prepare_folder(folder, config, self.progress.step)
@@ -92,6 +95,8 @@ class Training:
             num_tokens,
             rate,
             bias_rate(self.config.routing.bias, training.steps, self.progress.step),
+            step=self.progress.step,
+            observe=self._is_due(self.config.telemetry.interval, self.progress.step + 1),
         )
         self.progress.step += 1
         self.progress.seconds += time.perf_counter() - began
@@ -107,9 +112,9 @@ class Training:
         if self._is_due(training.checkpoint.interval):
             self._save()
 
-    def _is_due(self, interval: int | None) -> bool:
-        """Every `interval` steps and after the last one; never if None."""
-        step = self.progress.step
+    def _is_due(self, interval: int | None, step: int | None = None) -> bool:
+        """Every `interval` steps and after the last one; never if None. `step`: by default, how many are done."""
+        step = self.progress.step if step is None else step
         return interval is not None and (step % interval == 0 or step == self.config.training.steps)
 
     def _record(self, result: StepResult, rate: float) -> None:
@@ -130,7 +135,13 @@ class Training:
         batches = self.data.evaluation_batches(self.engine.data_rank, self.layout, num_tokens)
         loss_sum, num_targets, load_NE = self.engine.evaluate(batches)
         num_bytes = self.data.evaluation_bytes(num_tokens)
-        self._write(evaluation_record(self.progress.step, loss_sum, num_targets, num_bytes, load_NE))
+        record = evaluation_record(self.progress.step, loss_sum, num_targets, num_bytes, load_NE)
+        routing = self.config.routing
+        if METHODS[routing.method].uses_group and routing.evaluation == "causal":
+            loss_sum, _, _ = self.engine.evaluate(batches, as_trained=True)
+            record["val_loss_as_trained"] = loss_sum / max(1, num_targets)
+            record["train_eval_gap"] = record["val_loss"] - record["val_loss_as_trained"]
+        self._write(record)
 
     def _write(self, record: dict[str, object]) -> None:
         if self.metrics:

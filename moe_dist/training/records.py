@@ -10,7 +10,18 @@ import torch
 import torch.distributed as dist
 
 from moe_dist.engines.native import NativeEngine, StepResult
-from moe_dist.routing.metrics import coefficient_of_variation, dead_experts, drop_rate, max_vio
+from moe_dist.routing import observation
+from moe_dist.routing.metrics import (
+    avg_vio,
+    coefficient_of_variation,
+    dead_experts,
+    drop_rate,
+    effective_experts,
+    gini,
+    max_vio,
+    min_vio,
+    relative_max_vio,
+)
 
 
 def metrics_record(
@@ -39,14 +50,22 @@ def metrics_record(
 def balance_record(engine: NativeEngine, result: StepResult) -> dict[str, Any]:
     """Balance of the step over all ranks: of each MoE layer, and the mean of the layers."""
     load_NE, dropped_NE = result.load_NE.cpu(), result.dropped_NE.cpu()
-    bias_NE = torch.stack([balance.bias_E for balance in engine.balances]).cpu()
+    bias_NE = torch.stack([router.balance.bias_E for router in engine.routers]).cpu()
     columns = {
         "max_vio_batch": max_vio(load_NE),
+        "max_vio_over_noise": relative_max_vio(load_NE),
+        "min_vio": min_vio(load_NE),
+        "avg_vio": avg_vio(load_NE),
         "cv": coefficient_of_variation(load_NE),
+        "gini": gini(load_NE),
+        "effective_experts": effective_experts(load_NE),
         "drop_rate": drop_rate(load_NE, dropped_NE),
         "dead_experts": dead_experts(load_NE),
         "bias_range": bias_NE.amax(1) - bias_NE.amin(1),
     }
+    observed = [observation.means(totals) for totals in result.totals]
+    for name in observed[0]:
+        columns[name] = torch.tensor([means[name] for means in observed])
     layers = {
         str(layer): {name: column[n].item() for name, column in columns.items()}
         for n, layer in enumerate(engine.recorders)
@@ -57,7 +76,7 @@ def balance_record(engine: NativeEngine, result: StepResult) -> dict[str, Any]:
 def summed_losses(engine: NativeEngine) -> dict[str, float]:
     """Auxiliary losses of the step as they join the main loss: over all layers and ranks. Collective."""
     config = engine.config.routing.losses
-    names = [name for name in ("load_balance", "z") if getattr(config, name).coefficient]
+    names = [name for name in type(config).model_fields if name != "scaling" and getattr(config, name).coefficient]
     if not names:
         return {}
     zero = torch.zeros((), dtype=torch.float64, device=engine.device)

@@ -2,7 +2,8 @@
 
 import math
 
-from moe_dist.config.schema import BiasConfig, TrainingConfig
+from moe_dist.config.routing import BiasConfig
+from moe_dist.config.schema import TrainingConfig
 
 
 def learning_rate(training: TrainingConfig, step: int) -> float:
@@ -18,7 +19,9 @@ def learning_rate(training: TrainingConfig, step: int) -> float:
 
 
 def bias_rate(bias: BiasConfig, num_steps: int, step: int) -> float:
-    """The rate of the loss-free bias, falling linearly to final_rate at the last step."""
+    """The rate of the loss-free bias: falling linearly to final_rate at the last step, 0 from stop_step on."""
+    if bias.stop_step is not None and step >= bias.stop_step:
+        return 0.0
     if bias.final_rate is None:
         return bias.rate
     return bias.rate + (bias.final_rate - bias.rate) * min(1.0, step / max(1, num_steps - 1))

@@ -41,11 +41,6 @@ MESSAGES = [
     ),
     (["routing.score=softmax_top_k", "routing.renormalise=true"], None, r"routing\.renormalise: true has no effect .*"),
     (
-        ["routing.group=global", "routing.capacity={factor: 1.25}"],
-        None,
-        r"routing\.group: 'global' is not offered .*; use \{sequences: n\} or .*",
-    ),
-    (
         ["routing.top_k=1", "routing.capacity={factor: 1.25, renormalise: true, policy: weight}"],
         None,
         r"routing\.capacity\.renormalise: true has no effect with routing.top_k = 1, .*; use false",

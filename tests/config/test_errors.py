@@ -19,7 +19,11 @@ MESSAGES = [
     ),
     ({"steps": 3}, "steps: unknown key; did you mean training.steps?"),
     ({"moe": {"top_k": 2}}, "moe.top_k: unknown key; did you mean routing.top_k?"),
-    ({"moe": {"capacity_factor": 2}}, "moe.capacity_factor: unknown key; did you mean routing.capacity.factor?"),
+    (
+        {"moe": {"capacity_factor": 2}},
+        "moe.capacity_factor: unknown key; did you mean routing.capacity.factor, routing.capacity.maximum_factor or "
+        "routing.capacity.evaluation_factor?",
+    ),
     (
         {"routing": {"group": {"sequence": 1}}},
         "routing.group.sequence: unknown key; did you mean routing.group.sequences?",
@@ -56,9 +60,13 @@ MESSAGES = [
     ({"model": {"compile": 1}}, "model.compile: 1 is not valid; it should be true or false"),
     (
         {"routing": {"score": "relu"}},
-        "routing.score: 'relu' is not valid; it should be 'softmax', 'softmax_top_k' or 'sigmoid'",
+        "routing.score: 'relu' is not valid; it should be 'softmax', 'softmax_top_k', 'sigmoid' or 'sqrt_softplus'",
     ),
-    ({"routing": {"method": "topk"}}, "routing.method: 'topk' is not valid; it should be 'top_k'"),
+    (
+        {"routing": {"method": "topk"}},
+        "routing.method: 'topk' is not valid; it should be 'top_k', 'noisy_top_k', 'expert_choice', 'hash', 'sinkhorn', "
+        "'optimal_transport', 'base', 'gatepro', 'gatepro_ot', 'expert_threshold', 'force_balanced' or 'random'",
+    ),
     # Lists.
     ({"data": {"paths": "books"}}, "data.paths: 'books' is not valid; it should be a list of text"),
     ({"data": {"paths": ["books", 3]}}, "data.paths.1: 3 is not valid; it should be text"),
@@ -100,11 +108,12 @@ MESSAGES = [
     ({"telemetry": 3}, "telemetry: 3 is not valid; it should be a section with interval"),
     (
         {"routing": {"capacity": 1.25}},
-        "routing.capacity: 1.25 is not valid; it should be null or a section with factor, policy, renormalise, pad",
+        "routing.capacity: 1.25 is not valid; it should be null or a section with factor, maximum_factor, minimum, "
+        "evaluation_factor, policy, overflow, level, renormalise, pad",
     ),
     (
         {"routing": {"capacity": {"pad": True}}},
-        "routing.capacity.factor: required, but not given; it should be a number greater than 0",
+        "routing.capacity.factor: required, but not given; it should be a number greater than 0 or 'auto'",
     ),
 ]
 

@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moe_dist.config import Config, ConfigError, build_config, dump_config, load_config
-from moe_dist.config.schema import SequenceGroup
+from moe_dist.config.routing import SequenceGroup
 
 
 @pytest.fixture

@@ -48,7 +48,9 @@ def differing(actual: dict[str, np.ndarray], expected: dict[str, np.ndarray]) ->
 
 def counters(engine: NativeEngine) -> int:
     """Sum of all counts of the current step."""
-    return sum(int(x.sum()) for b in engine.balances for x in (b.load_E, b.dropped_E, b.batch_load_E))
+    return sum(
+        int(b.sum()) for r in engine.routers for n, b in r.balance.named_buffers() if n not in r.balance.state_dict()
+    )
 
 
 def spoil(value: float) -> Any:
@@ -328,7 +330,7 @@ def formats(tree: Tree) -> tuple[set[torch.dtype], set[torch.dtype], set[torch.d
         value.dtype for state in engine.optimizer.state.values() for key, value in state.items() if key != "step"
     }
     weights = {parameter.dtype for parameter in engine.model.parameters()}
-    return weights, moments, {balance.bias_E.dtype for balance in engine.balances}, losses, inside
+    return weights, moments, {router.balance.bias_E.dtype for router in engine.routers}, losses, inside
 
 
 @pytest.mark.parametrize(

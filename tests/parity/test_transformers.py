@@ -15,7 +15,8 @@ import torch
 from torch import nn
 
 from moe_dist import MoELayer
-from moe_dist.config.schema import MoEConfig, RoutingConfig
+from moe_dist.config.routing import RoutingConfig
+from moe_dist.config.schema import MoEConfig
 from tests.support.precision import float32_means_float64
 
 pytest.importorskip("transformers")

@@ -7,11 +7,14 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from moe_dist.config.routing import RoutingConfig
 from moe_dist.routing import Routing
-from moe_dist.routing.balance import BalanceState, sum_over_ranks, update_biases
+from moe_dist.routing.balance import BalanceState, sum_over_ranks
+from moe_dist.routing.loss_free import update_bias
 from tests.support.distributed import run_ranks
 
 RATE = 0.125  # exact in binary
+SIGN = RoutingConfig.model_validate({"bias": {"rule": "sign"}})
 
 
 def make_states(*loads: list[int]) -> list[BalanceState]:
@@ -22,8 +25,8 @@ def make_states(*loads: list[int]) -> list[BalanceState]:
 
 
 def update(states: list[BalanceState], rate: float = RATE) -> list[list[float]]:
-    load_NE, _ = sum_over_ranks(states, None)
-    update_biases(states, load_NE, rate)
+    for state, totals in zip(states, sum_over_ranks(states, None), strict=True):
+        update_bias(state, totals, SIGN, rate)
     return [state.bias_E.tolist() for state in states]
 
 
@@ -76,17 +79,19 @@ def test_layers_are_updated_each_by_its_own_load() -> None:
 def test_counters_start_anew_after_the_step() -> None:
     (state,) = make_states([1, 2, 3, 4])
     state.dropped_E += torch.tensor([0, 0, 1, 2])
-    state.batch_load_E += 5
-    load_NE, dropped_NE = sum_over_ranks([state], None)
-    assert (load_NE.tolist(), dropped_NE.tolist()) == ([[1, 2, 3, 4]], [[0, 0, 1, 2]])
-    assert [buffer.tolist() for name, buffer in state.named_buffers() if name != "bias_E"] == [[0] * 4] * 3
+    state.add_batch_load("load_balance", 5)
+    state.batch_load("load_balance").add_(5)
+    (totals,) = sum_over_ranks([state], None)
+    assert (totals["load_E"].tolist(), totals["dropped_E"].tolist()) == ([1, 2, 3, 4], [0, 0, 1, 2])
+    assert not any(buffer.any() for name, buffer in state.named_buffers() if name != "bias_E")
 
 
 def test_counts_are_those_of_the_routing_added_up() -> None:
     state, nothing = BalanceState(3), torch.zeros(0, dtype=torch.int64)
     for dropped_E in (None, torch.tensor([1, 0, 0]), torch.tensor([0, 2, 0])):
-        state.count(Routing(nothing, nothing, torch.zeros(0), torch.tensor([5, 6, 7]), dropped_E))
+        state.count(Routing(nothing, nothing, torch.zeros(0), torch.tensor([5, 6, 7]), dropped_E), num_tokens=9)
     assert (state.load_E.tolist(), state.dropped_E.tolist()) == ([15, 18, 21], [1, 2, 0])
+    assert state.tokens.item() == 27
 
 
 # Several ranks.
@@ -98,9 +103,11 @@ def synchronise(loads: list[list[list[int]]], drops: list[list[list[int]]]) -> t
     for state, dropped in zip(states, drops[dist.get_rank()], strict=True):
         state.dropped_E += torch.tensor(dropped)
     with patch.object(dist, "all_reduce", wraps=dist.all_reduce) as all_reduce:
-        load_NE, dropped_NE = sum_over_ranks(states, dist.group.WORLD)
-    update_biases(states, load_NE, RATE)
-    return load_NE.tolist(), dropped_NE.tolist(), [state.bias_E.tolist() for state in states], all_reduce.call_count
+        totals_N = sum_over_ranks(states, dist.group.WORLD)
+    for state, totals in zip(states, totals_N, strict=True):
+        update_bias(state, totals, SIGN, RATE)
+    loads, drops = ([totals[name].tolist() for totals in totals_N] for name in ("load_E", "dropped_E"))
+    return loads, drops, [state.bias_E.tolist() for state in states], all_reduce.call_count
 
 
 def test_ranks_agree_on_one_update_by_one_all_reduce() -> None:

@@ -13,7 +13,7 @@ from torch import nn
 from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
-from moe_dist.config.schema import RoutingConfig
+from moe_dist.config.routing import RoutingConfig
 from moe_dist.routing import Tokens, build_router
 from moe_dist.routing.losses import attach, load_balance_loss, sequence_load_balance_loss, z_loss
 from tests.support.distributed import run_ranks
@@ -243,7 +243,7 @@ def global_losses(parts: list[torch.Tensor]) -> list[tuple[float, torch.Tensor, 
     for hidden in parts:
         loss = router(hidden, Tokens(share=1 / len(parts) / num_ranks)).losses["load_balance"] / len(parts) / num_ranks
         loss.backward()
-        results.append((loss.item(), router.weight.grad.clone(), router.balance.batch_load_E.tolist()))
+        results.append((loss.item(), router.weight.grad.clone(), router.balance.batch_load("load_balance").tolist()))
     return results
 
 
@@ -258,7 +258,8 @@ def test_global_batch_over_two_ranks_is_one_rank_with_everything() -> None:
     assert sum(part for [(part, _, _)] in ranks) == pytest.approx(loss, rel=1e-12)
     torch.testing.assert_close(sum(part for [(_, part, _)] in ranks), grad, rtol=1e-11, atol=1e-14)
     assert [buffer for [(_, _, buffer)] in ranks] == [load, load]
-    assert sum(load) == 16 * K
+    assert sum(load[:-1]) == 16 * K
+    assert load[-1] == 16
 
 
 def test_early_micro_batches_see_partial_loads() -> None:
@@ -269,10 +270,10 @@ def test_early_micro_batches_see_partial_loads() -> None:
 
     def load(*parts: torch.Tensor) -> list[int]:
         chosen = torch.cat([probability[id(x)].topk(K, 1).indices.flatten() for x in parts])
-        return chosen.bincount(minlength=E).tolist()
+        return [*chosen.bincount(minlength=E).tolist(), 8 * len(parts)]  # the last is the number of tokens
 
     def expected(x: torch.Tensor, seen: list[int]) -> float:
-        fraction = [E * count / sum(seen) for count in seen]
+        fraction = [E * count / sum(seen[:-1]) for count in seen[:-1]]
         return sum(f * p for f, p in zip(fraction, probability[id(x)].mean(0).tolist(), strict=True)) / 4
 
     for rank, (first, second) in enumerate([(a, b), (c, d)]):

@@ -14,7 +14,8 @@ from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
 from moe_dist import MoELayer
-from moe_dist.config.schema import MoEConfig, RoutingConfig
+from moe_dist.config.routing import RoutingConfig
+from moe_dist.config.schema import MoEConfig
 from moe_dist.routing import Routing, Tokens, build_router
 
 H, E, K, T = 5, 6, 3, 12
@@ -23,9 +24,10 @@ SIGN = {"rule": "sign"}
 
 
 def make_router(seed: int = 0, **routing: Any) -> nn.Module:
-    torch.manual_seed(seed)
     config = RoutingConfig.model_validate({"top_k": K, "init_std": 1.0, **routing})
-    return build_router(H, E, config).double()
+    router = build_router(H, E, config)
+    router.initialise(seed, "moe")
+    return router.double()
 
 
 def make_hidden(seed: int = 1, tokens: int = T) -> torch.Tensor:
@@ -208,7 +210,7 @@ def make_block() -> Block:
 
 def counters(block: Block) -> list[list[int]]:
     balance = block.layer.router.balance
-    return [getattr(balance, name).tolist() for name in ("load_E", "dropped_E", "batch_load_E")]
+    return [getattr(balance, name).tolist() for name in ("load_E", "dropped_E", "batch_load_balance", "tokens")]
 
 
 def train_micro_batches(around: str, forwards: list[int] | None = None) -> Block:
@@ -236,8 +238,9 @@ def test_recomputation_is_not_counted_again(around: str) -> None:
     plain, recomputed = train_micro_batches("nothing"), train_micro_batches(around, forwards)
     assert len(forwards) > 2  # there was recomputation
     assert counters(recomputed) == counters(plain)
-    load, dropped, batch_load = counters(plain)
+    load, dropped, (*batch_load, batch_tokens), tokens = counters(plain)
     assert sum(load) == sum(batch_load) == 2 * T * K
+    assert tokens == batch_tokens == 2 * T
     assert sum(dropped) > 0
     for (name, p), q in zip(plain.named_parameters(), recomputed.parameters(), strict=True):
         torch.testing.assert_close(p.grad, q.grad, rtol=1e-12, atol=1e-14, msg=name)
@@ -366,8 +369,7 @@ def test_casts_leave_bias_and_counters_as_they_are(cast: Any) -> None:
     assert block.norm.weight.dtype == cast(torch.nn.Linear(1, 1)).weight.dtype
     after = dict(balance.named_buffers())
     assert {name: buffer.dtype for name, buffer in after.items()} == {
-        "bias_E": torch.float32,
-        **dict.fromkeys(["load_E", "dropped_E", "batch_load_E"], torch.int64),
+        name: torch.float32 if name == "bias_E" else torch.int64 for name in before
     }
     assert all(torch.equal(before[name], after[name]) for name in before)
 

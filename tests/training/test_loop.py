@@ -85,7 +85,10 @@ def train(tiny: Path, overrides: list[str], folder: Path) -> dict[str, Any]:
     if dist.get_rank() == 0:
         finish(run)
     engine = run.engine
-    result = {"bias_NE": torch.stack([b.bias_E for b in engine.balances]).tolist(), "skipped": run.progress.skipped}
+    result = {
+        "bias_NE": torch.stack([router.balance.bias_E for router in engine.routers]).tolist(),
+        "skipped": run.progress.skipped,
+    }
     if dist.get_world_size() == 1 and run.config.training.evaluation.interval:
         engine.model.eval()
         result["held_out"] = held_out_loss(engine, run.data, run.layout, run.config.training.evaluation.tokens)

@@ -4,7 +4,8 @@ import math
 
 import pytest
 
-from moe_dist.config.schema import BiasConfig, TrainingConfig
+from moe_dist.config.routing import BiasConfig
+from moe_dist.config.schema import TrainingConfig
 from moe_dist.training.schedule import bias_rate, learning_rate
 
 

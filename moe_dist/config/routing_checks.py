@@ -1,0 +1,175 @@
+"""Checks of the section `routing` against itself and the experts."""
+
+from collections.abc import Iterator
+
+from moe_dist.config.errors import ConfigError
+from moe_dist.config.methods import METHODS, refusal
+from moe_dist.config.routing import CapacityConfig, RoutingConfig
+
+
+def check_routing(routing: RoutingConfig, num_experts: int) -> None:
+    """The checks of a layer that is used without a whole Config. Raises ConfigError."""
+    if problems := list(routing_problems(routing, num_experts)):
+        raise ConfigError("\n".join(problems))
+
+
+def routing_problems(routing: RoutingConfig, num_experts: int) -> Iterator[str]:
+    """What is wrong, one message each."""
+    yield from _weights(routing)
+    yield from _refused(routing)
+    yield from _method(routing, num_experts)
+    yield from _balancing(routing)
+    outputs = num_experts + (routing.zero_experts.count if routing.zero_experts else 0)
+    if routing.top_k > outputs:
+        yield f"routing.top_k: {routing.top_k} is more than moe.num_experts = {num_experts}; use at most that"
+        return
+    yield from _expert_groups(routing, num_experts)
+    if routing.capacity:
+        yield from _capacity(routing, routing.capacity)
+
+
+def features_in_use(routing: RoutingConfig) -> dict[str, str]:
+    """What of `moe_dist.config.methods.FEATURES` the config asks for: feature -> the override that takes it away."""
+    losses = routing.losses
+    used = {
+        f"losses.{name}": f"routing.losses.{name}.coefficient=0"
+        for name in type(losses).model_fields
+        if name != "scaling" and getattr(losses, name).coefficient
+    }
+    if routing.bias.rule != "none":
+        used["bias"] = "routing.bias.rule=none"
+    for name in ("load_adjustment", "zero_experts", "capacity"):
+        if getattr(routing, name) is not None:
+            used[name] = f"routing.{name}=null"
+    if routing.expert_groups is not None and routing.expert_groups.keep is not None:
+        used["expert_groups.keep"] = "routing.expert_groups.keep=null"
+    if routing.capacity is not None and routing.capacity.overflow == "reroute":
+        used["capacity.overflow"] = "routing.capacity.overflow=drop"
+    return used
+
+
+def _weights(routing: RoutingConfig) -> Iterator[str]:
+    if routing.top_k == 1 and routing.score == "softmax_top_k":
+        yield "routing.score: softmax_top_k with routing.top_k = 1 gives a constant weight and no gradient; use softmax"
+    elif routing.top_k == 1 and routing.renormalise:
+        yield "routing.renormalise: true with routing.top_k = 1 gives a constant weight and no gradient; use false"
+    elif routing.renormalise and routing.score == "softmax_top_k":
+        yield "routing.renormalise: true has no effect with routing.score: softmax_top_k, which sums to 1; use false"
+
+
+def _refused(routing: RoutingConfig) -> Iterator[str]:
+    for feature, remedy in features_in_use(routing).items():
+        if reason := refusal(routing.method, feature):
+            key = "bias.rule" if feature == "bias" else feature
+            yield f"routing.{key}: is not for routing.method: {routing.method}: {reason}; use {remedy}"
+
+
+def _method(routing: RoutingConfig, num_experts: int) -> Iterator[str]:
+    method = routing.method
+    if method == "base" and routing.top_k != 1:
+        yield (
+            f"routing.top_k: {routing.top_k} is not for routing.method: base, which gives each token one expert; use 1, "
+            "or routing.method: optimal_transport"
+        )
+    if method == "base" and not 0 < routing.top_k <= num_experts:
+        return
+    if method == "hash":
+        yield from _hash(routing, num_experts)
+    cap = routing.expert_choice.max_experts
+    if method == "expert_choice" and cap is not None and not routing.top_k <= cap <= num_experts:
+        yield (
+            f"routing.expert_choice.max_experts: {cap} is not valid; it should be from routing.top_k = {routing.top_k}, "
+            f"which tokens get on average, to moe.num_experts = {num_experts}"
+        )
+    stop = routing.gatepro.stop_step
+    if method == "gatepro" and stop is not None and stop <= routing.gatepro.start_step:
+        yield f"routing.gatepro.stop_step: {stop} is not after start_step = {routing.gatepro.start_step}"
+    if routing.evaluation == "as_trained" and not METHODS[method].uses_group:
+        yield (
+            f"routing.evaluation: as_trained has no effect with routing.method: {method}, which routes alike in both; "
+            "use causal"
+        )
+    if method == "gatepro_ot" and routing.router_bias:
+        yield "routing.router_bias: true is not for routing.method: gatepro_ot, which has no parameters; use false"
+
+
+def _hash(routing: RoutingConfig, num_experts: int) -> Iterator[str]:
+    if routing.hash.multi and num_experts % routing.top_k:
+        yield (
+            f"routing.hash.multi: true needs blocks of equally many experts; routing.top_k = {routing.top_k} does not "
+            f"divide moe.num_experts = {num_experts}"
+        )
+    if routing.hash.weights == "learned":
+        return
+    idle = [f"losses.{name}" for name in ("z", "simbal", "orthogonality", "importance")]
+    for feature, remedy in features_in_use(routing).items():
+        if feature in idle:
+            yield (
+                f"routing.{feature}: is not for routing.hash.weights: constant: there is no router weight that it could "
+                f"change; use {remedy}, or routing.hash.weights=learned"
+            )
+    for key, is_set in (
+        ("router_bias", routing.router_bias),
+        ("input_jitter", routing.input_jitter > 0),
+        ("similarity", routing.similarity != "dot"),
+        ("logit_normalisation", routing.logit_normalisation is not None),
+    ):
+        if is_set:
+            yield f"routing.{key}: has no effect with routing.hash.weights: constant; leave it out, or use learned"
+
+
+def _balancing(routing: RoutingConfig) -> Iterator[str]:
+    losses = routing.losses
+    for name in ("device", "communication"):
+        if getattr(losses, name).coefficient and routing.expert_groups is None:
+            yield f"routing.losses.{name}: needs groups of experts; set routing.expert_groups={{count: n}}"
+    if losses.load_balance.adaptive is not None and routing.capacity is None:
+        yield "routing.losses.load_balance.adaptive: follows the drop rate; set routing.capacity, or use null"
+    if routing.zero_experts is not None:
+        if routing.zero_experts.target >= routing.top_k:
+            yield (
+                f"routing.zero_experts.target: {routing.zero_experts.target} should be less than routing.top_k = "
+                f"{routing.top_k}"
+            )
+        if routing.bias.rule in ("none", "multiplicative"):
+            yield (
+                f"routing.bias.rule: {routing.bias.rule} does not hold routing.zero_experts.target; use proportional, sign, "
+                "momentum or quantile"
+            )
+        for name in ("load_balance", "device", "communication", "importance"):
+            if getattr(losses, name).coefficient:
+                yield (
+                    f"routing.losses.{name}: is not for routing.zero_experts, which are balanced by the bias; use "
+                    f"routing.losses.{name}.coefficient=0"
+                )
+
+
+def _expert_groups(routing: RoutingConfig, num_experts: int) -> Iterator[str]:
+    groups = routing.expert_groups
+    if groups is None:
+        return
+    if num_experts % groups.count:
+        yield f"routing.expert_groups.count: {groups.count} does not divide moe.num_experts = {num_experts}"
+    elif groups.keep is not None and groups.keep > groups.count:
+        yield f"routing.expert_groups.keep: {groups.keep} is more than routing.expert_groups.count = {groups.count}"
+    elif groups.keep is not None and groups.keep * (num_experts // groups.count) < routing.top_k:
+        yield (
+            f"routing.expert_groups.keep: {groups.keep} groups have {groups.keep * (num_experts // groups.count)} experts, "
+            f"fewer than routing.top_k = {routing.top_k}"
+        )
+    if routing.zero_experts is not None and groups.keep is not None:
+        yield "routing.expert_groups.keep: is not for routing.zero_experts, which are in no group; use null"
+
+
+def _capacity(routing: RoutingConfig, capacity: CapacityConfig) -> Iterator[str]:
+    if capacity.renormalise and routing.top_k == 1 and not METHODS[routing.method].varies:
+        yield (
+            "routing.capacity.renormalise: true has no effect with routing.top_k = 1, "
+            "where a dropped token has no other expert; use false"
+        )
+    if capacity.maximum_factor is not None and "auto" not in (capacity.factor, capacity.evaluation_factor):
+        yield "routing.capacity.maximum_factor: bounds factor: auto only; leave it out, or use routing.capacity.factor=auto"
+    if capacity.level == "expert_group" and routing.expert_groups is None:
+        yield "routing.capacity.level: expert_group needs groups of experts; set routing.expert_groups={count: n}"
+    if capacity.level == "expert_group" and capacity.pad:
+        yield "routing.capacity.pad: true needs a capacity of each expert; use routing.capacity.level=expert, or pad=false"
