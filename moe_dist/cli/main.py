@@ -108,3 +108,14 @@ def hash_table(
     from moe_dist.cli.hash_table import make  # imports torch
 
     make(checked, output, embeddings)
+
+
+@app.command()
+def analyse(
+    run: Annotated[Path, typer.Argument(metavar="DIR", help="The folder of a run with checkpoints.")],
+    tokens: Annotated[int, typer.Option("--tokens", metavar="N", min=1, help="Held-out tokens to route.")] = 16384,
+) -> None:
+    """Tell which experts of a finished run go together, for which tokens, and since which checkpoint."""
+    from moe_dist.cli.analyse import run as analyse_run  # imports torch
+
+    analyse_run(run, tokens)

@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from moe_dist.config.routing import RoutingConfig
 from moe_dist.routing.audit_batches import CHANGES, Batch, Batches
 from moe_dist.routing.balance import sum_over_ranks
 from moe_dist.routing.router import Router
@@ -35,7 +36,7 @@ TOLERANCE = 1e-9
 
 AnyRouter = Callable[[Tensor, Tokens], Routing]
 
-T = TypeVar("T")
+Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
@@ -96,8 +97,8 @@ def audit_router(
     another's dependence.
 
     Args:
-        router: of any make; it stays as it is. A module is tried in float64, and a `Router` is given a few steps of random
-            tokens first, so that its balancer state is not the initial one. Hidden states are float64.
+        router: of any make; it stays as it is. It gets float64 hidden states on the CPU, and is moved there if it is a module.
+            A `Router` takes a few steps on random tokens first, so that its balancer state is not the initial one.
         vocab_size: token ids are 0 to this less 1.
         num_sequences: of each rank's batch, a multiple of routing.group.sequences.
         length: tokens of a sequence. A dependence on tokens further away is not found.
@@ -114,8 +115,9 @@ def audit_router(
     batches = Batches(hidden_size, vocab_size, num_sequences, length, group)
     router = _copied(router)
     if isinstance(router, nn.Module):
-        router.double()
-    _warm_up(router, batches)
+        router.double().cpu()
+    if isinstance(router, Router):
+        _warm_up(router, batches)
     _check_repeatable(router, batches)
     questions = QUESTIONS if batches.num_ranks > 1 else QUESTIONS[:2]
     comparisons: dict[tuple[str, bool], list[Comparison]] = {(q, mode): [] for q in questions for mode in MODES}
@@ -150,9 +152,11 @@ def leaked_bits(finding: Finding, num_experts: int, top_k: int) -> float:
     - weights changed where experts did not: they are real numbers, so there is no bound;
     - no token had more than k experts in two routings together: later tokens only decide which of its own k choices are
       kept, k bits;
-    - each token always had k experts: log2 of E choose k;
-    - otherwise, with k experts on average, E H(k / E), where H(p) = -p log2 p - (1 - p) log2(1 - p). For the entropy of a set
-      is at most the sum of those of its members, and H is concave. It also bounds sets of at most k <= E / 2 experts.
+    - no token had more than k experts: log2 of the number of sets of as many experts as tokens had, so of E choose k where
+      each had k;
+    - otherwise, with k experts on average, E H(k / E), where H(p) = -p log2 p - (1 - p) log2(1 - p): the entropy of a set is
+      at most the sum of those of its members, and H is concave. (Where expert choice rounds its n k / E tokens up, the
+      average is a little more than k.)
 
     What arXiv 2408.15664 gives for expert choice, K log2((1 - R) / R) with R = K / E, is less than the last by
     E log2(1 / (1 - R)), and is meant as a lower estimate of what such a layer can leak.
@@ -163,8 +167,9 @@ def leaked_bits(finding: Finding, num_experts: int, top_k: int) -> float:
         return math.inf
     if all(trial.together <= top_k for trial in finding.trials):
         return float(top_k)
-    if all(trial.fewest == trial.most == top_k for trial in finding.trials):
-        return math.log2(math.comb(num_experts, top_k))
+    if all(trial.most <= top_k for trial in finding.trials):
+        fewest = min(trial.fewest for trial in finding.trials)
+        return math.log2(sum(math.comb(num_experts, size) for size in range(fewest, top_k + 1)))
     share = min(top_k / num_experts, 0.5)
     return -num_experts * (share * math.log2(share) + (1 - share) * math.log2(1 - share))
 
@@ -198,18 +203,18 @@ def _forward(router: AnyRouter, batches: Batches, batch: Batch, training: bool, 
 
 
 def _copied(router: AnyRouter) -> Any:
-    """A copy with a state of its own. Process groups cannot be copied: it shares them."""
+    """A copy with a state of its own. It shares settings, which never change, and process groups, which cannot be copied."""
     owners = router.modules() if isinstance(router, nn.Module) else [router]
     values = [value for owner in owners for value in getattr(owner, "__dict__", {}).values()]
-    return copy.deepcopy(router, {id(value): value for value in values if isinstance(value, dist.ProcessGroup)})
+    shared = [value for value in values if isinstance(value, (dist.ProcessGroup, RoutingConfig))]
+    return copy.deepcopy(router, {id(value): value for value in shared})
 
 
-def _warm_up(router: AnyRouter, batches: Batches) -> None:
+def _warm_up(router: Router, batches: Batches) -> None:
     for step in range(WARM_UP_STEPS):
         _forward(router, batches, batches.draw(), True, step)
-        if isinstance(router, Router):
-            (totals,) = sum_over_ranks([router.balance], router.data_parallel_group)
-            router.update(totals, router.routing.bias.rate)
+        (totals,) = sum_over_ranks([router.balance], router.data_parallel_group)
+        router.update(totals, router.routing.bias.rate)
 
 
 def _check_repeatable(router: AnyRouter, batches: Batches) -> None:
@@ -275,7 +280,7 @@ def _close(first: _Outcome, second: _Outcome) -> Tensor:
     return torch.isclose(first.weight_TX, second.weight_TX, rtol=TOLERANCE, atol=TOLERANCE, equal_nan=True)
 
 
-def _of_all_ranks(items: list[T], group: dist.ProcessGroup | None) -> list[T]:
+def _of_all_ranks(items: list[Item], group: dist.ProcessGroup | None) -> list[Item]:
     """The items of all ranks, in rank order."""
     if group is None:
         return items

@@ -86,7 +86,7 @@ class Batches:
 
     def own(self, value_A: Tensor) -> Tensor:
         """[T, ...] this rank's part."""
-        return value_A[self.rank_A == self.rank]
+        return value_A.split(self.tokens_per_rank)[self.rank]
 
     def name_of(self, token: int) -> str:
         """Of a token of this rank."""

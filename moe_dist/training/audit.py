@@ -24,18 +24,19 @@ from moe_dist.routing.capacity import factor_now
 HIDDEN_SIZE = 32
 TOKENS = 128
 """Of a rank's batch, roughly."""
+TRIALS = 60
 
 
 def audit(config: Config, num_ranks: int) -> Findings:
     """Audit the router of a config on so many gloo ranks; a failing rank ends all, and is raised here with its traceback."""
     if num_ranks == 1:
-        return audit_rank(config, None)
+        return audit_rank(config, TRIALS, None)
     with TemporaryDirectory(prefix="moe_dist_audit_") as folder:
-        multiprocessing.spawn(_work, (num_ranks, config, folder), num_ranks)
+        multiprocessing.spawn(_work, (num_ranks, config, TRIALS, folder), num_ranks)
         return pickle.loads(Path(folder, "findings").read_bytes())
 
 
-def audit_rank(config: Config, group: dist.ProcessGroup | None) -> Findings:
+def audit_rank(config: Config, num_trials: int, group: dist.ProcessGroup | None) -> Findings:
     """The part of one rank; all ranks of `group` call it alike."""
     num_sequences, length = batch_shape(config.routing)
     routing = _scaled(config, num_sequences, length)
@@ -48,6 +49,7 @@ def audit_rank(config: Config, group: dist.ProcessGroup | None) -> Findings:
         vocab_size=BYTE_VOCABULARY,
         num_sequences=num_sequences,
         length=length,
+        num_trials=num_trials,
         num_steps=config.training.steps,
         group=group,
     )
@@ -81,10 +83,10 @@ def contradictions(routing: RoutingConfig, num_experts: int, findings: Findings)
     return problems
 
 
-def _work(rank: int, num_ranks: int, config: Config, folder: str) -> None:
+def _work(rank: int, num_ranks: int, config: Config, num_trials: int, folder: str) -> None:
     torch.set_num_threads(max(1, available_cores() // num_ranks))
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=num_ranks)
-    findings = audit_rank(config, dist.group.WORLD)
+    findings = audit_rank(config, num_trials, dist.group.WORLD)
     if rank == 0:
         Path(folder, "findings").write_bytes(pickle.dumps(findings))
     dist.destroy_process_group()

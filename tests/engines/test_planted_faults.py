@@ -82,8 +82,8 @@ def auxiliary_loss_counted_per_rank() -> Any:
     """Each rank takes the mean over its own tokens for the whole."""
     tokens = Batch.tokens
 
-    def faulty(self: Batch, share: float = 1.0) -> Tokens:
-        return tokens(self, share * dist.get_world_size())
+    def faulty(self: Batch, share: float = 1.0, step: int = 0) -> Tokens:
+        return tokens(self, share * dist.get_world_size(), step)
 
     return patch.object(Batch, "tokens", faulty)
 
@@ -106,9 +106,9 @@ def loss_over_own_targets() -> Any:
     """Each rank takes the mean over its own targets, and then the mean over ranks is taken."""
     accumulate = NativeEngine.accumulate
 
-    def faulty(self: NativeEngine, batches: list[Batch], num_targets: int, num_tokens: int) -> torch.Tensor:
+    def faulty(self: NativeEngine, batches: list[Batch], num_targets: int, num_tokens: int, step: int) -> torch.Tensor:
         own = sum(batch.num_targets() for batch in batches)
-        return accumulate(self, batches, own * dist.get_world_size(), num_tokens)
+        return accumulate(self, batches, own * dist.get_world_size(), num_tokens, step)
 
     return patch.object(NativeEngine, "accumulate", faulty)
 
