@@ -21,6 +21,7 @@ setup(
             "hypothesis",
             "import-linter",
             "mypy",
+            "POT",
             "psutil",
             "pytest",
             "ruff",

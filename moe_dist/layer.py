@@ -46,7 +46,8 @@ class MoELayer(nn.Module):
             moe: the experts.
             routing: the router and its balancing.
             expert_parallel_group: ranks over which the experts are spread; None: all are here.
-            data_parallel_group: all ranks that hold different tokens, for statistics over the global batch.
+            data_parallel_group: all ranks that hold different tokens, for decisions and statistics over all of them.
+                Default: expert_parallel_group.
             expert_map: which rank owns which expert; default contiguous blocks.
             vocab_size: token ids are 0 to this less 1; only routing.method: hash needs it.
 
@@ -65,7 +66,8 @@ class MoELayer(nn.Module):
             )
         self.own_experts = self.expert_map.experts_of_rank[rank]
         self.routing = routing
-        self.router = build_router(hidden_size, moe.num_experts, routing, data_parallel_group, vocab_size)
+        all_tokens_group = data_parallel_group or expert_parallel_group
+        self.router = build_router(hidden_size, moe.num_experts, routing, all_tokens_group, vocab_size)
         self.dispatcher = AllToAllDispatcher(self.expert_map, expert_parallel_group)
         self.experts = Experts(hidden_size, moe, len(self.own_experts))
         self.shared: FeedForward | None = None

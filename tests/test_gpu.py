@@ -4,8 +4,10 @@ import pytest
 import torch
 
 from moe_dist import MoELayer
+from moe_dist.config.methods import METHOD_NAMES
 from moe_dist.config.routing import CapacityConfig, RoutingConfig
 from moe_dist.config.schema import MoEConfig
+from moe_dist.routing import Tokens, build_router
 from moe_dist.telemetry.recorder import STAGES, LayerRecorder
 
 pytestmark = [
@@ -41,3 +43,18 @@ def test_stages_are_timed_by_the_device() -> None:
     layer(torch.randn(4, 32, 64, device="cuda"))
     assert set(layer.recorder.seconds()) == set(STAGES)
     assert all(seconds > 0 for seconds in layer.recorder.seconds().values())
+
+
+@pytest.mark.parametrize("method", METHOD_NAMES)
+def test_routers_decide_alike_on_gpu_and_cpu(method: str) -> None:
+    top_k = 1 if method == "base" else 2
+    config = RoutingConfig.model_validate({"method": method, "top_k": top_k, "init_std": 1.0, "score": "sigmoid"})
+    generator = torch.Generator().manual_seed(0)
+    hidden_TH = torch.randn(64, 16, dtype=torch.float64, generator=generator)
+    found = []
+    for device in ("cpu", "cuda"):
+        router = build_router(16, 8, config, vocab_size=32).to(device)
+        tokens = Tokens(id_T=torch.arange(64, device=device) % 32, num_sequences=2)
+        routing = router(hidden_TH.to(device), tokens)
+        found.append([x.detach().cpu() for x in (routing.token_P, routing.expert_P, routing.load_E, routing.weight_P)])
+    torch.testing.assert_close(*found, rtol=0, atol=1e-10)

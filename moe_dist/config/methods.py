@@ -191,3 +191,37 @@ METHODS: dict[str, Method] = {
 def refusal(method: str, feature: str) -> str:
     """Why `routing.method` cannot be combined with the key `routing.{feature}`; empty if it can."""
     return METHODS[method].refused.get(feature, "")
+
+
+def methods_table() -> str:
+    """Markdown: what is true of each method, for docs/routing.md."""
+    headings = ("method", "what it does", "causal in training", "equal loads", "decides over", "experts of a token")
+    rows = [
+        (
+            f"`{name}`",
+            method.summary,
+            "yes" if method.causal else "no",
+            "yes" if method.exact else "no",
+            "the routing group" if method.uses_group else "each token",
+            "k on average" if method.varies else "k",
+        )
+        for name, method in METHODS.items()
+    ]
+    return _markdown(headings, rows)
+
+
+def combinations_table() -> str:
+    """Markdown: each method with each of FEATURES, and why not in numbered notes, for docs/routing.md."""
+    reasons = list(dict.fromkeys(reason for method in METHODS.values() for reason in method.refused.values()))
+    notes = {reason: number for number, reason in enumerate(reasons, 1)}
+    rows = [
+        (f"`{name}`", *(f"no ({notes[reason]})" if (reason := refusal(name, key)) else "yes" for key in FEATURES))
+        for name in METHODS
+    ]
+    return "\n".join(
+        [_markdown(("", *FEATURES.values()), rows), "", *(f"{notes[reason]}. {reason}" for reason in reasons)]
+    )
+
+
+def _markdown(headings: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in (headings, ("---",) * len(headings), *rows))

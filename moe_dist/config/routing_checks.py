@@ -21,7 +21,8 @@ def routing_problems(routing: RoutingConfig, num_experts: int) -> Iterator[str]:
     yield from _balancing(routing)
     outputs = num_experts + (routing.zero_experts.count if routing.zero_experts else 0)
     if routing.top_k > outputs:
-        yield f"routing.top_k: {routing.top_k} is more than moe.num_experts = {num_experts}; use at most that"
+        added = " + routing.zero_experts.count" if routing.zero_experts else ""
+        yield f"routing.top_k: {routing.top_k} is more than moe.num_experts{added} = {outputs}; use at most that"
         return
     yield from _expert_groups(routing, num_experts)
     if routing.capacity:
@@ -55,6 +56,11 @@ def _weights(routing: RoutingConfig) -> Iterator[str]:
         yield "routing.renormalise: true with routing.top_k = 1 gives a constant weight and no gradient; use false"
     elif routing.renormalise and routing.score == "softmax_top_k":
         yield "routing.renormalise: true has no effect with routing.score: softmax_top_k, which sums to 1; use false"
+    if routing.logit_normalisation is not None and routing.temperature != 1:
+        yield (
+            f"routing.temperature: {routing.temperature} has no effect with routing.logit_normalisation, which cancels it; "
+            "use 1, or change logit_normalisation instead"
+        )
 
 
 def _refused(routing: RoutingConfig) -> Iterator[str]:
@@ -71,8 +77,6 @@ def _method(routing: RoutingConfig, num_experts: int) -> Iterator[str]:
             f"routing.top_k: {routing.top_k} is not for routing.method: base, which gives each token one expert; use 1, "
             "or routing.method: optimal_transport"
         )
-    if method == "base" and not 0 < routing.top_k <= num_experts:
-        return
     if method == "hash":
         yield from _hash(routing, num_experts)
     cap = routing.expert_choice.max_experts
@@ -88,6 +92,11 @@ def _method(routing: RoutingConfig, num_experts: int) -> Iterator[str]:
         yield (
             f"routing.evaluation: as_trained has no effect with routing.method: {method}, which routes alike in both; "
             "use causal"
+        )
+    if routing.dual_decay != RoutingConfig().dual_decay and not METHODS[method].uses_group:
+        yield (
+            f"routing.dual_decay: {routing.dual_decay} has no effect with routing.method: {method}, which has no prices; "
+            f"use {RoutingConfig().dual_decay}, the default"
         )
     if method == "gatepro_ot" and routing.router_bias:
         yield "routing.router_bias: true is not for routing.method: gatepro_ot, which has no parameters; use false"
@@ -112,10 +121,16 @@ def _hash(routing: RoutingConfig, num_experts: int) -> Iterator[str]:
         ("router_bias", routing.router_bias),
         ("input_jitter", routing.input_jitter > 0),
         ("similarity", routing.similarity != "dot"),
+        ("temperature", routing.temperature != 1),
         ("logit_normalisation", routing.logit_normalisation is not None),
     ):
         if is_set:
             yield f"routing.{key}: has no effect with routing.hash.weights: constant; leave it out, or use learned"
+    if routing.capacity is not None and routing.capacity.policy in ("weight", "batch_priority"):
+        yield (
+            f"routing.capacity.policy: {routing.capacity.policy} has no effect with routing.hash.weights: constant, where no "
+            "weight is higher than another; use position or random, or routing.hash.weights=learned"
+        )
 
 
 def _balancing(routing: RoutingConfig) -> Iterator[str]:
@@ -125,6 +140,11 @@ def _balancing(routing: RoutingConfig) -> Iterator[str]:
             yield f"routing.losses.{name}: needs groups of experts; set routing.expert_groups={{count: n}}"
     if losses.load_balance.adaptive is not None and routing.capacity is None:
         yield "routing.losses.load_balance.adaptive: follows the drop rate; set routing.capacity, or use null"
+    if losses.load_balance.adaptive is not None and not losses.load_balance.coefficient:
+        yield (
+            "routing.losses.load_balance.adaptive: starts from routing.losses.load_balance.coefficient, and 0 switches the loss "
+            "off; set the coefficient above 0, or use null"
+        )
     if routing.zero_experts is not None:
         if routing.zero_experts.target >= routing.top_k:
             yield (
@@ -159,6 +179,14 @@ def _expert_groups(routing: RoutingConfig, num_experts: int) -> Iterator[str]:
         )
     if routing.zero_experts is not None and groups.keep is not None:
         yield "routing.expert_groups.keep: is not for routing.zero_experts, which are in no group; use null"
+    uses = {"expert_groups.keep", "losses.device", "losses.communication"} & features_in_use(routing).keys()
+    if routing.capacity is not None and routing.capacity.level == "expert_group":
+        uses.add("capacity")
+    if all(refusal(routing.method, use) for use in uses):
+        yield (
+            "routing.expert_groups: nothing uses them; use routing.expert_groups=null, or set keep, the coefficient of "
+            "routing.losses.device or communication, or routing.capacity.level: expert_group"
+        )
 
 
 def _capacity(routing: RoutingConfig, capacity: CapacityConfig) -> Iterator[str]:
@@ -167,6 +195,13 @@ def _capacity(routing: RoutingConfig, capacity: CapacityConfig) -> Iterator[str]
             "routing.capacity.renormalise: true has no effect with routing.top_k = 1, "
             "where a dropped token has no other expert; use false"
         )
+    if capacity.maximum_factor is None and not capacity.pad:
+        for key in ("factor", "evaluation_factor"):
+            if getattr(capacity, key) == "auto":
+                yield (
+                    f"routing.capacity.{key}: auto drops nothing without routing.capacity.maximum_factor and pads nothing "
+                    "without routing.capacity.pad; set one of them, or a number"
+                )
     if capacity.maximum_factor is not None and "auto" not in (capacity.factor, capacity.evaluation_factor):
         yield "routing.capacity.maximum_factor: bounds factor: auto only; leave it out, or use routing.capacity.factor=auto"
     if capacity.level == "expert_group" and routing.expert_groups is None:

@@ -32,6 +32,7 @@ class BalanceState(nn.Module):
         self._batch_loads: list[str] = []
         self.add_value("bias_E", torch.zeros(num_experts))
         self.add_counter("tokens")
+        self.add_counter("slots")
         self.add_counter("load_E", num_experts)
         self.add_counter("dropped_E", num_experts)
 
@@ -73,6 +74,8 @@ class BalanceState(nn.Module):
         self.load_E += routing.load_E
         if routing.dropped_E is not None:
             self.dropped_E += routing.dropped_E
+        if routing.pairs_per_expert is not None:
+            self.slots += routing.pairs_per_expert * len(routing.load_E)
 
     def counts_now(self) -> bool:
         """Whether this forward is one to count: training, with gradients, and not a recomputation.

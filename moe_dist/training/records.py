@@ -60,6 +60,7 @@ def balance_record(engine: NativeEngine, result: StepResult) -> dict[str, Any]:
         "gini": gini(load_NE),
         "effective_experts": effective_experts(load_NE),
         "drop_rate": drop_rate(load_NE, dropped_NE),
+        "pad_rate": _pad_rate(load_NE - dropped_NE, torch.stack([totals["slots"] for totals in result.totals]).cpu()),
         "dead_experts": dead_experts(load_NE),
         "bias_range": bias_NE.amax(1) - bias_NE.amin(1),
     }
@@ -71,6 +72,11 @@ def balance_record(engine: NativeEngine, result: StepResult) -> dict[str, Any]:
         for n, layer in enumerate(engine.recorders)
     }
     return {"mean": {name: column.double().mean().item() for name, column in columns.items()}, "layers": layers}
+
+
+def _pad_rate(kept_NE: torch.Tensor, slots_N: torch.Tensor) -> torch.Tensor:
+    """Share of the slots that hold no pair; 0 where pairs travel without padding."""
+    return torch.where(slots_N > 0, 1 - kept_NE.sum(1) / slots_N.clamp(min=1), 0.0)
 
 
 def summed_losses(engine: NativeEngine) -> dict[str, float]:

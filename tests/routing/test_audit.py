@@ -5,6 +5,7 @@ Shape letters: T tokens, B sequences, S tokens of a sequence, H hidden, E expert
 
 import itertools
 import math
+import re
 from typing import Any
 
 import pytest
@@ -201,12 +202,28 @@ def test_the_router_stays_as_it_is():
 
 
 def test_the_example_is_true():
-    """What it says of the first trial can be replayed: the token's experts without and with the later tokens."""
-    example = audit_router(SeesNextToken(), H, num_trials=1).training[LATER].examples[0]
-    assert example.startswith("token ")
-    sets = [part.strip(" {}").split(", ") for part in example.partition("experts")[2].split("->")]
-    assert [len(experts) for experts in sets] == [K, K]
-    assert sets[0] != sets[1]
+    """Two forwards chose the experts it names, and differ in nothing but later tokens of its sequence."""
+    router, forwards = SeesNextToken().double(), []
+
+    def recorded(hidden_TH: torch.Tensor, tokens: Tokens) -> Routing:
+        routing = router(hidden_TH, tokens)
+        forwards.append((torch.cat([hidden_TH, tokens.id_T[:, None]], dim=1), tokens, routing))
+        return routing
+
+    example = audit_router(recorded, H, num_trials=1).training[LATER].examples[0]
+    position, sequence, *named = re.fullmatch(
+        r"token (\d+) of sequence (\d+) changed experts {(.+)} -> {(.+)}", example
+    ).groups()
+    matches = 0
+    for (seen, tokens, routing), (other_seen, _, other_routing) in itertools.product(forwards, repeat=2):
+        token = int(((tokens.sequence_T == int(sequence)) & (tokens.position_T == int(position))).nonzero())
+        chosen = [
+            ", ".join(map(str, sorted(r.expert_P[r.token_P == token].tolist()))) for r in (routing, other_routing)
+        ]
+        differs_T = (seen != other_seen).any(1)
+        later_T = (tokens.sequence_T == int(sequence)) & (tokens.position_T > int(position))
+        matches += chosen == named and not (differs_T & ~later_T).any()
+    assert matches
 
 
 def test_a_router_that_rolls_dice_is_refused():

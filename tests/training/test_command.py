@@ -189,7 +189,7 @@ def test_metrics_have_the_documented_keys(whole: Run) -> None:
     assert [record["step"] for record in steps] == list(range(1, STEPS + 1))
     assert [record["step"] for record in evaluations] == [8, 16, 24, 32]
     of_layer = {"max_vio_batch", "max_vio_over_noise", "min_vio", "avg_vio", "cv", "gini", "effective_experts"}
-    of_layer |= {"drop_rate", "dead_experts", "bias_range"}
+    of_layer |= {"drop_rate", "pad_rate", "dead_experts", "bias_range"}
     of_layer |= {"router_entropy", "mutual_information", "margin", "changed_by_bias"}
     for record in steps:
         documented = {"step", "loss", "tokens", "tokens_per_second", "grad_norm", "learning_rate", "losses", "balance"}
