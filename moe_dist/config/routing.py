@@ -77,7 +77,7 @@ class SinkhornConfig(Section):
 class OptimalTransportConfig(Section):
     """Settings of method: optimal_transport, and of gatepro_ot."""
 
-    iterations: PositiveInt = 8
+    iterations: PositiveInt = 4
     """Sweeps of coordinate descent on the prices, warm-started from those of earlier steps."""
 
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from moe_dist.config.errors import ConfigError
+from moe_dist.config.errors import ConfigError, show
 from moe_dist.config.methods import METHODS, refusal
 from moe_dist.config.routing import CapacityConfig, RoutingConfig
 
@@ -65,6 +65,8 @@ def _weights(routing: RoutingConfig) -> Iterator[str]:
 
 def _refused(routing: RoutingConfig) -> Iterator[str]:
     for feature, remedy in features_in_use(routing).items():
+        if feature == "capacity.overflow" and refusal(routing.method, "capacity"):
+            continue  # it goes with the capacity
         if reason := refusal(routing.method, feature):
             key = "bias.rule" if feature == "bias" else feature
             yield f"routing.{key}: is not for routing.method: {routing.method}: {reason}; use {remedy}"
@@ -195,16 +197,34 @@ def _capacity(routing: RoutingConfig, capacity: CapacityConfig) -> Iterator[str]
             "routing.capacity.renormalise: true has no effect with routing.top_k = 1, "
             "where a dropped token has no other expert; use false"
         )
-    if capacity.maximum_factor is None and not capacity.pad:
-        for key in ("factor", "evaluation_factor"):
-            if getattr(capacity, key) == "auto":
-                yield (
-                    f"routing.capacity.{key}: auto drops nothing without routing.capacity.maximum_factor and pads nothing "
-                    "without routing.capacity.pad; set one of them, or a number"
-                )
+    yield from _idle_auto(routing, capacity)
     if capacity.maximum_factor is not None and "auto" not in (capacity.factor, capacity.evaluation_factor):
         yield "routing.capacity.maximum_factor: bounds factor: auto only; leave it out, or use routing.capacity.factor=auto"
     if capacity.level == "expert_group" and routing.expert_groups is None:
         yield "routing.capacity.level: expert_group needs groups of experts; set routing.expert_groups={count: n}"
     if capacity.level == "expert_group" and capacity.pad:
         yield "routing.capacity.pad: true needs a capacity of each expert; use routing.capacity.level=expert, or pad=false"
+
+
+def _idle_auto(routing: RoutingConfig, capacity: CapacityConfig) -> Iterator[str]:
+    """What factor: auto without a bound makes idle: it drops nothing, so all it can do is to size padding."""
+    if capacity.maximum_factor is not None:
+        return
+    for key in ("factor", "evaluation_factor"):
+        if getattr(capacity, key) == "auto" and not capacity.pad:
+            yield (
+                f"routing.capacity.{key}: auto drops nothing without routing.capacity.maximum_factor, and pads nothing "
+                "without routing.capacity.pad; set one of these, or a number"
+            )
+    if capacity.factor == "auto" and routing.losses.load_balance.adaptive is not None:
+        yield (
+            "routing.losses.load_balance.adaptive: follows the drop rate, which is 0 with routing.capacity.factor: auto; set "
+            "routing.capacity.maximum_factor, or use null"
+        )
+    if capacity.factor == "auto" and capacity.evaluation_factor in ("auto", None):
+        for key, default in (("policy", "position"), ("overflow", "drop"), ("renormalise", False)):
+            if (value := getattr(capacity, key)) != default:
+                yield (
+                    f"routing.capacity.{key}: {show(value)} has no effect with routing.capacity.factor: auto, which drops "
+                    f"nothing; use {show(default)}, or set routing.capacity.maximum_factor"
+                )

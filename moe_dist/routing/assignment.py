@@ -9,6 +9,10 @@ Shape letters: G groups, R rows, C columns, N rows that lack columns, Q slots of
 
 import torch
 
+from moe_dist.routing.auction import auction, complete, first
+
+__all__ = ["assign", "auction", "dual_prices"]
+
 EXCHANGE_ROUNDS = 24
 # Exchanges of a group end when a round gains less than this part of what its assignment is worth over a random one.
 NEGLIGIBLE = 2**-13
@@ -47,7 +51,7 @@ def dual_prices(
         return score_GRC.new_zeros(score_GRC.shape[0], num_columns)
     score_GRC = score_GRC.masked_fill(~real_GR[:, :, None], 0)
     spare_G1 = per_row * real_GR.sum(1, keepdim=True) < num_columns * capacity
-    price_GC = _column_means(score_GRC) if start_GC is None else start_GC.to(score_GRC.dtype)
+    price_GC = _column_means(score_GRC, real_GR) if start_GC is None else start_GC.to(score_GRC.dtype)
     price_GC = torch.where(spare_G1, price_GC - price_GC.amin(1, keepdim=True), price_GC)
     least_G1 = torch.where(spare_G1, 0.0, -torch.inf).to(score_GRC.dtype)
     score_GCR = score_GRC.masked_fill(~real_GR[:, :, None], -torch.inf).transpose(1, 2).contiguous()
@@ -101,90 +105,119 @@ def assign(
     return exchange(value_GRC, -price_GC, held_GRC, capacity, real_GR), price_GC
 
 
-def first(value: torch.Tensor, threshold: torch.Tensor, count: torch.Tensor | int) -> torch.Tensor:
-    """Bool: `count` entries of each line of the last dim, those above its threshold and then those equal to it by index."""
-    above, equal = value > threshold, value == threshold
-    left = count - above.sum(-1, keepdim=True, dtype=torch.int32)
-    return above | (equal & (equal.cumsum(-1, dtype=torch.int32) <= left))
-
-
-def complete(
-    value_GRC: torch.Tensor, held_GRC: torch.Tensor, per_row: int, capacity: int, real_GR: torch.Tensor
-) -> torch.Tensor:
-    """Give every real row its `per_row` columns: by proposals to columns with room, and swaps where none is left to take.
-
-    `held_GRC` must not exceed `per_row` or `capacity`. Of any two passes one places something, so that it ends.
-    """
-    total_before = None
-    while True:
-        lacking_GR = per_row * real_GR.to(torch.int32) - held_GRC.sum(2, dtype=torch.int32)
-        room_GC = capacity - held_GRC.sum(1, dtype=torch.int32)
-        num_rows, total = torch.stack([(lacking_GR > 0).sum(1).max(), lacking_GR.sum()]).tolist()
-        if total == 0:
-            return held_GRC
-        step = _swap if total == total_before else _propose
-        held_GRC = step(value_GRC, held_GRC, lacking_GR, room_GC, num_rows)
-        total_before = total
-
-
-def _propose(
-    value_GRC: torch.Tensor, held_GRC: torch.Tensor, lacking_GR: torch.Tensor, room_GC: torch.Tensor, num_rows: int
-) -> torch.Tensor:
-    """Each row that lacks columns proposes to its best open ones; these take the rows that would lose most elsewhere."""
-    num_columns = value_GRC.shape[2]
-    row_GNC = _first_rows(lacking_GR > 0, num_rows)[:, :, None].expand(-1, -1, num_columns)
-    lacking_GN1 = lacking_GR.gather(1, row_GNC[:, :, 0])[:, :, None].clamp(min=0)
-    held_GNC, value_GNC = held_GRC.gather(1, row_GNC), value_GRC.gather(1, row_GNC)
-    value_GNC = value_GNC.masked_fill(held_GNC | (room_GC == 0)[:, None] | (lacking_GN1 == 0), -torch.inf)
-    sorted_GNC = value_GNC.sort(dim=2, descending=True).values
-    least_GN1 = sorted_GNC.gather(2, (lacking_GN1 - 1).clamp(min=0).long())
-    proposed_GNC = first(value_GNC, least_GN1, lacking_GN1) & (value_GNC > -torch.inf)
-    # A row that proposes to all columns has a runner-up of its own; its surplus is infinite all the same if none is open.
-    runner_up_GN1 = sorted_GNC.gather(2, lacking_GN1.clamp(max=num_columns - 1).long())
-    surplus_GCN = torch.where(proposed_GNC, value_GNC - runner_up_GN1, -torch.inf).transpose(1, 2).contiguous()
-    place_GC1 = (room_GC[:, :, None] - 1).clamp(0, num_rows - 1).long()
-    least_GC1 = surplus_GCN.sort(dim=2, descending=True).values.gather(2, place_GC1)
-    taken_GNC = first(surplus_GCN, least_GC1, room_GC[:, :, None]).transpose(1, 2) & proposed_GNC
-    return held_GRC.scatter(1, row_GNC, held_GNC | taken_GNC)
-
-
-def _swap(
-    value_GRC: torch.Tensor, held_GRC: torch.Tensor, lacking_GR: torch.Tensor, room_GC: torch.Tensor, num_rows: int
-) -> torch.Tensor:
-    """Rows that lack a column but hold all open ones take one from rows that get the first open column j for it.
-
-    Always possible. A row t that lacks one lacks only full columns, so that there are at least `capacity` other rows; j has
-    fewer holders, and all rows that lack one hold it: some complete row d does not. d holds more columns than t, so one
-    that t lacks.
-    """
-    num_columns = value_GRC.shape[2]
-    open_G11 = (room_GC > 0).to(torch.int8).argmax(1)[:, None, None]
-    open_GR1 = open_G11.expand(-1, value_GRC.shape[1], 1)
-    holds_GR = held_GRC.gather(2, open_GR1)[:, :, 0]
-    taker_GR = (lacking_GR > 0) & holds_GR
-    donor_GR = (lacking_GR == 0) & ~holds_GR & held_GRC.any(2)
-    worth_GR = torch.where(donor_GR, value_GRC.gather(2, open_GR1)[:, :, 0], -torch.inf)
-    donor_GN = worth_GR.argsort(dim=1, descending=True, stable=True)[:, :num_rows]
-    taker_GN = _first_rows(taker_GR, num_rows)
-    pairs_G1 = torch.minimum(taker_GR.sum(1), donor_GR.sum(1)).minimum(room_GC.gather(1, open_G11[:, :, 0])[:, 0])[
-        :, None
-    ]
-    paired_GN1 = (torch.arange(num_rows, device=value_GRC.device) < pairs_G1)[:, :, None]
-    taker_GNC, donor_GNC = (row_GN[:, :, None].expand(-1, -1, num_columns) for row_GN in (taker_GN, donor_GN))
-    movable_GNC = held_GRC.gather(1, donor_GNC) & ~held_GRC.gather(1, taker_GNC)
-    gain_GNC = value_GRC.gather(1, taker_GNC) - value_GRC.gather(1, donor_GNC)
-    moved_GN1 = torch.where(movable_GNC, gain_GNC, -torch.inf).argmax(2, keepdim=True)
-    column_C = torch.arange(num_columns, device=value_GRC.device)
-    moved_GNC, opened_GNC = (column_C == moved_GN1) & paired_GN1, (column_C == open_G11) & paired_GN1
-    held_GRC = held_GRC.scatter(1, taker_GNC, held_GRC.gather(1, taker_GNC) | moved_GNC)
-    return held_GRC.scatter(1, donor_GNC, (held_GRC.gather(1, donor_GNC) & ~moved_GNC) | opened_GNC)
-
-
 def exchange(
-    value_GRC: torch.Tensor,
-    empty_GC: torch.Tensor,
-    held_GRC: torch.Tensor,
-    capacity: int,
-    real_GR: torch.Tensor,
+    value_GRC: torch.Tensor, empty_GC: torch.Tensor, held_GRC: torch.Tensor, capacity: int, real_GR: torch.Tensor
 ) -> torch.Tensor:
-    return held_GRC
+    """Raise the sum of values by moving rows round cycles of columns, as many at once as still gain.
+
+    An assignment is optimal if and only if no such cycle gains (cycle cancelling, Klein 1967). Columns are the nodes of a
+    small graph: its edge a -> b is the most that one of the rows of a gains by moving to b. An empty slot moves like a row;
+    `empty_GC` is its value in each column. Disjoint cycles never get in each other's way, even where they move the same
+    row: it leaves different columns for different columns.
+    """
+    num_groups, num_rows, num_columns = value_GRC.shape
+    device = value_GRC.device
+    itself_GC = torch.arange(num_columns, device=device).expand(num_groups, -1)
+    # Item num_rows is the empty slot.
+    value_GIC = whole_numbers(torch.cat([value_GRC, empty_GC[:, None]], dim=1))[0]
+    item_GCQ = _items_of_columns(held_GRC, capacity)
+    # Row of value_GIC, all groups in one.
+    first_G11 = (num_rows + 1) * torch.arange(num_groups, device=device)[:, None, None]
+    worth_G = _worth(value_GIC, item_GCQ)
+    active_G1 = torch.ones_like(worth_G, dtype=torch.bool)[:, None]
+    for step in range(EXCHANGE_ROUNDS):
+        holds_GIC = _holders(item_GCQ, num_rows)
+        own_GCQ = value_GIC.gather(1, item_GCQ.transpose(1, 2)).transpose(1, 2)
+        open_GIC = torch.where(holds_GIC, BLOCKED, value_GIC).flatten(0, 1)
+        gain_GCQC = open_GIC.index_select(0, (item_GCQ + first_G11).flatten()).view(*item_GCQ.shape, num_columns)
+        gain_GCQC -= own_GCQ[..., None]
+        before_GC = torch.where(active_G1, disjoint_cycles(gain_GCQC.amax(2)), itself_GC)
+        after_GC = torch.empty_like(before_GC).scatter_(1, before_GC, itself_GC)
+        gain_GCQ = gain_GCQC.gather(3, after_GC[:, :, None, None].expand(*item_GCQ.shape, 1))[..., 0]
+        gain_GCQ, order_GCQ = gain_GCQ.sort(dim=2, descending=True, stable=True)
+        item_GCQ = item_GCQ.gather(2, order_GCQ)
+        # The q-th best rows of all columns of a cycle move together while their gains sum to more than 0.
+        leader_GCQ = _leaders(before_GC)[:, :, None].expand_as(gain_GCQ)
+        total_GCQ = torch.zeros_like(gain_GCQ, dtype=torch.int64).scatter_add_(1, leader_GCQ, gain_GCQ.long())
+        moves_GCQ = (total_GCQ.gather(1, leader_GCQ) > 0) & (before_GC != itself_GC)[:, :, None]
+        arriving_GCQ = item_GCQ.gather(1, before_GC[:, :, None].expand_as(item_GCQ))
+        item_GCQ = torch.where(moves_GCQ, arriving_GCQ, item_GCQ)
+        gained_G = torch.where(moves_GCQ, gain_GCQ, 0).sum((1, 2), dtype=torch.int64)
+        active_G1 = (gained_G > worth_G * NEGLIGIBLE)[:, None]
+        if step % 4 == 3 and not active_G1.any():
+            break
+    return _holders(item_GCQ, num_rows)[:, :num_rows]
+
+
+def disjoint_cycles(gain_GCC: torch.Tensor) -> torch.Tensor:
+    """Cycles of columns with positive gains that share no column: the column before each on its cycle, or itself.
+
+    Pairs first, each the best for both; then longer cycles among the rest, as Bellman-Ford's parents show them.
+    """
+    num_columns = gain_GCC.shape[1]
+    column_C = torch.arange(num_columns, device=gain_GCC.device)
+    before_GC = column_C.expand(gain_GCC.shape[:2])
+    pair_GCC = gain_GCC + gain_GCC.transpose(1, 2)
+    for _ in range(8):
+        best_GC, partner_GC = pair_GCC.max(2)
+        mutual_GC = (best_GC > 0) & (partner_GC.gather(1, partner_GC) == column_C)
+        before_GC = torch.where(mutual_GC, partner_GC, before_GC)
+        pair_GCC = pair_GCC.masked_fill(mutual_GC[:, :, None] | mutual_GC[:, None], BLOCKED)
+    paired_GC = before_GC != column_C
+    gain_GCC = gain_GCC.masked_fill(paired_GC[:, :, None] | paired_GC[:, None], BLOCKED)
+    length_GC, parent_GC = torch.zeros_like(gain_GCC[:, 0]), column_C.expand_as(before_GC)
+    for _ in range(8):
+        longer_GC, from_GC = (length_GC[:, :, None] + gain_GCC).max(1)
+        parent_GC = torch.where(longer_GC > length_GC, from_GC, parent_GC)
+        length_GC = torch.maximum(longer_GC, length_GC)
+    ancestor_GC = parent_GC
+    for _ in range((num_columns - 1).bit_length()):
+        ancestor_GC = ancestor_GC.gather(1, ancestor_GC)
+    on_cycle_GC = torch.zeros_like(paired_GC).scatter_(1, ancestor_GC, True)  # a far ancestor of some column
+    return torch.where(on_cycle_GC & ~paired_GC, parent_GC, before_GC)
+
+
+def _leaders(before_GC: torch.Tensor) -> torch.Tensor:
+    """The lowest column of each column's cycle."""
+    leader_GC = torch.minimum(before_GC, torch.arange(before_GC.shape[1], device=before_GC.device))
+    for _ in range((before_GC.shape[1] - 1).bit_length()):
+        leader_GC = torch.minimum(leader_GC, leader_GC.gather(1, before_GC))
+        before_GC = before_GC.gather(1, before_GC)
+    return leader_GC
+
+
+def _items_of_columns(held_GRC: torch.Tensor, capacity: int) -> torch.Tensor:
+    """[G, C, Q] rows that each column holds, in order, then R for each empty slot."""
+    num_groups, num_rows, num_columns = held_GRC.shape
+    held_GCR = held_GRC.transpose(1, 2)
+    slot_GCR = torch.where(held_GCR, held_GCR.cumsum(2) - 1, capacity)
+    item_GCQ = torch.full((num_groups, num_columns, capacity + 1), num_rows, device=held_GRC.device)
+    row_GCR = torch.arange(num_rows, device=held_GRC.device).expand_as(slot_GCR)
+    return item_GCQ.scatter_(2, slot_GCR, row_GCR)[:, :, :capacity]
+
+
+def _holders(item_GCQ: torch.Tensor, num_rows: int) -> torch.Tensor:
+    """Bool [G, R + 1, C]: which columns hold each row. The empty slot, item R, counts as held by none."""
+    held_GIC = item_GCQ.new_zeros(item_GCQ.shape[0], num_rows + 1, item_GCQ.shape[1], dtype=torch.bool)
+    held_GIC.scatter_(1, item_GCQ.transpose(1, 2), True)
+    held_GIC[:, num_rows] = False
+    return held_GIC
+
+
+def _worth(value_GIC: torch.Tensor, item_GCQ: torch.Tensor) -> torch.Tensor:
+    """float64 [G]: what the assignment is worth beyond the mean value of its columns."""
+    own_GCQ = value_GIC.gather(1, item_GCQ.transpose(1, 2)).transpose(1, 2)
+    mean_GC = value_GIC.sum(1, dtype=torch.int64) // value_GIC.shape[1]
+    return (own_GCQ - mean_GC[:, :, None]).sum((1, 2)).to(torch.float64)
+
+
+def whole_numbers(value_GRC: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """int32 multiples of 2^-23 of the group's largest magnitude, and that unit [G, 1, 1]: sums are exact in any order."""
+    unit_G11 = value_GRC.abs().amax((1, 2), keepdim=True).clamp(min=1e-30) * 2.0**-23
+    return (value_GRC / unit_G11).round().to(torch.int32), unit_G11
+
+
+def _column_means(score_GRC: torch.Tensor, real_GR: torch.Tensor) -> torch.Tensor:
+    whole_GRC, unit_G11 = whole_numbers(score_GRC)
+    num_real_G1 = real_GR.sum(1, keepdim=True).clamp(min=1)
+    return whole_GRC.sum(1, dtype=torch.int64).to(score_GRC.dtype) / num_real_G1 * unit_G11[:, 0]

@@ -13,14 +13,18 @@ import torch.distributed as dist
 
 from moe_dist.config.routing import SequenceGroup
 from moe_dist.parallel.collectives import all_gather_rows
-from moe_dist.routing.assignment import auction
+from moe_dist.routing.assignment import dual_prices
+from moe_dist.routing.auction import auction
 from moe_dist.routing.batch import ExactRouter
 from moe_dist.routing.random import permutation
 from moe_dist.routing.types import Tokens
 
+PRICE_ITERATIONS = 2
+"""Warm-started from the average of earlier steps."""
+
 
 class BaseRouter(ExactRouter):
-    """The affinities are the logits; prices are those at which the auction ends."""
+    """The affinities are the logits."""
 
     def affinity(self, logits_TE: torch.Tensor, scores_TE: torch.Tensor) -> torch.Tensor:
         """See BatchRouter."""
@@ -62,9 +66,11 @@ class BaseRouter(ExactRouter):
         share, rest = divmod(len(affinity_GNE), ranks)
         own = slice(None) if rest else slice(self._rank() * share, (self._rank() + 1) * share)
         group = None if rest else self.data_parallel_group
-        chosen_GNE, price_GE = auction(
-            affinity_GNE[own], self.capacity(affinity_GNE.shape[1]), self.routing.base.rounds, real_GN[own]
-        )
+        affinity_GNE, real_GN = affinity_GNE[own], real_GN[own]
+        capacity = self.capacity(affinity_GNE.shape[1])
+        chosen_GNE = auction(affinity_GNE, capacity, self.routing.base.rounds, real_GN)
+        # The auction's own prices are those of tokens; evaluation needs prices of experts.
+        price_GE = dual_prices(affinity_GNE, 1, capacity, PRICE_ITERATIONS, self.start_prices(affinity_GNE), real_GN)
         return all_gather_rows(chosen_GNE.long().argmax(2), group), all_gather_rows(price_GE, group)
 
     def _num_ranks(self) -> int:

@@ -14,7 +14,7 @@ from moe_dist.routing.assignment import assign
 from moe_dist.routing.batch import ExactRouter, all_experts
 from moe_dist.routing.types import Choice, Tokens
 
-CAP_ITERATIONS = 8
+CAP_ITERATIONS = 4
 """Sweeps of coordinate descent for the capped variant."""
 
 

@@ -30,13 +30,15 @@ def random_bits(key: int, step: int, index_T: torch.Tensor, size: int = 1) -> to
         index_T: int64 place of each token in the global batch of optimiser step `step`.
     """
     number_N = torch.arange(size, dtype=torch.int64, device=index_T.device)
-    token_T = _mix(index_T.to(torch.int64) * _GOLDEN + _wrap(key + step * _GOLDEN))
+    # The step is mixed before tokens are added: of a mere sum, token i of one step would be token i + 1 of the step before.
+    step_key = _mix(torch.tensor(_wrap(key + step * _GOLDEN)))
+    token_T = _mix(index_T.to(torch.int64) * _GOLDEN + step_key)
     return _mix(token_T[:, None] + number_N * _GOLDEN)
 
 
 def uniform(key: int, step: int, index_T: torch.Tensor, size: int = 1) -> torch.Tensor:
-    """float64 [T, N] in (0, 1)."""
-    return (_shift(random_bits(key, step, index_T, size), 11).double() + 0.5) * 2.0**-53
+    """float64 [T, N] in (0, 1), both ends excluded: 52 bits, as with 53 the last half would round up to 1."""
+    return (_shift(random_bits(key, step, index_T, size), 12).double() + 0.5) * 2.0**-52
 
 
 def normal(key: int, step: int, index_T: torch.Tensor, size: int = 1) -> torch.Tensor:

@@ -260,7 +260,7 @@ CAUSAL = [
     {"capacity": {"factor": 1.25, "overflow": "reroute"}},
     {"capacity": {"factor": "auto", "maximum_factor": 1.25, "pad": True}},
     {"capacity": {"factor": 1.25, "renormalise": True}},
-    {"capacity": {"factor": "auto", "policy": "weight"}},
+    {"capacity": {"factor": "auto", "pad": True}},
     {"capacity": {"factor": 1.25, "level": "expert_group"}, "expert_groups": {"count": 4, "keep": 2}},
     {"zero_experts": {"count": 4, "target": 1.5}, "bias": {"rule": "sign"}, "capacity": {"factor": 1.0}},
     {"method": "gatepro", "gatepro": {"penalty": "hard", "start_step": 50}},
