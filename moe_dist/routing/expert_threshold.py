@@ -41,7 +41,7 @@ class ExpertThresholdRouter(Router):
         """See Router."""
         super().update(totals, bias_rate)
         counts_EB = totals["scores_EB"]
-        below_E1 = counts_EB.sum(1, keepdim=True) * (1 - self.routing.top_k / self.num_experts)
+        below_E1 = counts_EB.sum(1, keepdim=True).double() * (1 - self.routing.top_k / self.num_experts)
         threshold_E = quantile(counts_EB, below_E1, *self._range()).to(self.balance.threshold_E.dtype)
         decay = torch.where(self.balance.threshold_updates > 0, self.routing.expert_threshold.decay, 0.0)
         new_E = decay * self.balance.threshold_E + (1 - decay) * threshold_E

@@ -28,7 +28,7 @@ def histogram(
 
 def quantile(counts_EB: torch.Tensor, rank: torch.Tensor, low: torch.Tensor, high: torch.Tensor) -> torch.Tensor:
     """float64 [E]: the value that `rank` of a column's values lie below, interpolated inside its bin."""
-    cumulated_EB = counts_EB.cumsum(1)
+    rank, cumulated_EB = rank.double(), counts_EB.cumsum(1)
     bin_E1 = (cumulated_EB < rank).sum(1, keepdim=True).clamp(max=BINS - 1)
     inside_E1 = counts_EB.gather(1, bin_E1)
     below_E1 = cumulated_EB.gather(1, bin_E1) - inside_E1

@@ -39,10 +39,9 @@ def observe(
     """Count what the quantile rule needs: for each token and expert the bias from which on the token would choose it."""
     if routing.bias.rule != "quantile" or routing.top_k == selection_TE.shape[1]:
         return
-    threshold_T1 = selection_TE.topk(routing.top_k + 1, dim=1).values[
-        :, -1:
-    ]  # what a further choice would have to beat
-    excluded_TE = selection_TE == -torch.inf  # outside the groups a token chooses from: no bias would bring it in
+    # What a further choice would have to beat; of experts outside the groups a token chooses from no bias would bring it in.
+    threshold_T1 = selection_TE.topk(routing.top_k + 1, dim=1).values[:, -1:]
+    excluded_TE = selection_TE[:, : scores_TE.shape[1]] == -torch.inf
     low, high = _range(state.bias_E, routing)
     wanted_TE = torch.where(excluded_TE, high + 1, threshold_T1 - scores_TE)
     state.wanted_bias_EB += histogram(wanted_TE, low, high, real_T)
@@ -61,7 +60,7 @@ def update_bias(state: BalanceState, totals: Totals, routing: RoutingConfig, rat
         _follow_quantile(state, totals, routing)
     else:
         load_E = totals["load_E"]
-        pairs = load_E.sum() if routing.zero_experts is None else totals["tokens"] * routing.zero_experts.target
+        pairs = load_E.sum() if routing.zero_experts is None else totals["tokens"].double() * routing.zero_experts.target
         _follow_error(state, load_E, pairs, routing, rate)
     if routing.bias.centre and routing.zero_experts is None:
         state.bias_E -= state.bias_E.mean() - (1 if rule == "multiplicative" else 0)
@@ -78,7 +77,7 @@ def _follow_error(
     error_E = -excess_E.double() / pairs.clamp(min=1)
     if config.rule == "momentum":
         step_E = rate * torch.tanh(config.slope * error_E)
-        state.momentum_E.mul_(config.momentum).add_((1 - config.momentum) * (step_E - step_E.mean()))
+        state.momentum_E.mul_(config.momentum).add_((1 - config.momentum) * step_E)
         state.bias_E += state.momentum_E
     else:
         state.bias_E += rate * error_E
@@ -87,9 +86,11 @@ def _follow_error(
 def _follow_quantile(state: BalanceState, totals: Totals, routing: RoutingConfig) -> None:
     counts_EB = totals["wanted_bias_EB"]
     per_token = routing.top_k if routing.zero_experts is None else routing.zero_experts.target
-    share_E1 = counts_EB.sum(1, keepdim=True) * (per_token / len(counts_EB))  # of the tokens, for each expert
-    bias_E = quantile(counts_EB, share_E1, *_range(state.bias_E, routing))
-    state.bias_E.lerp_(bias_E.to(state.bias_E.dtype), 1 - routing.bias.decay)
+    tokens_E1 = counts_EB.sum(1, keepdim=True)
+    share_E1 = tokens_E1.double() * (per_token / len(counts_EB))  # of the tokens, for each expert
+    bias_E = quantile(counts_EB, share_E1, *_range(state.bias_E, routing)).to(state.bias_E.dtype)
+    bias_E = torch.where(tokens_E1[:, 0] > 0, bias_E, state.bias_E)
+    state.bias_E.lerp_(bias_E, 1 - routing.bias.decay)
 
 
 def _range(bias_E: torch.Tensor, routing: RoutingConfig) -> tuple[torch.Tensor, torch.Tensor]:

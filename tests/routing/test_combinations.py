@@ -4,7 +4,7 @@ And what docs/routing.md and `moe-dist config` say of the methods is what the ta
 """
 
 import re
-from functools import cache
+from functools import cache, reduce
 from pathlib import Path
 from typing import Any
 
@@ -106,10 +106,10 @@ def is_close(first: dict[str, np.ndarray], second: dict[str, np.ndarray]) -> boo
 @pytest.mark.parametrize("capacity", CAPACITY)
 @pytest.mark.parametrize("balancing", BALANCING)
 @pytest.mark.parametrize("method", METHODS)
-def test_cell(method, balancing, capacity, tmp_path):
+def test_cell(method, balancing, capacity):
     tree, refused = cell(method, balancing, capacity)
     if refused:
-        assert_refused(tree, refused, tmp_path / "config.yaml")
+        assert_refused(tree, refused)
         return
     weights = trained(method, balancing, capacity)
     # Whatever is not refused does something.
@@ -120,11 +120,10 @@ def test_cell(method, balancing, capacity, tmp_path):
         assert is_close(weights, trained(method, balancing, "none")) == (capacity == "auto")
 
 
-def assert_refused(tree: Tree, refused: dict[str, str], path: Path) -> None:
-    """Each with key, reason and a remedy; the remedies together make it valid."""
-    path.write_text(yaml.safe_dump(tree))
+def assert_refused(tree: Tree, refused: dict[str, str]) -> None:
+    """Each feature with key, reason and a remedy; the remedies together make the config valid."""
     with pytest.raises(ConfigError) as caught:
-        load_config(path)
+        build_config(tree)
     message = str(caught.value)
     for feature, reason in refused.items():
         key = "bias.rule" if feature == "bias" else feature
@@ -132,4 +131,13 @@ def assert_refused(tree: Tree, refused: dict[str, str], path: Path) -> None:
         assert said in message
     remedies = re.findall(r"use (routing\.[\w.]+=[^\s,]+)", message)
     assert len(remedies) == len(message.splitlines())
-    load_config(path, remedies)
+    build_config(changed(tree, *map(as_tree, remedies)))
+
+
+def as_tree(override: str) -> Tree:
+    key, _, value = override.partition("=")
+    return reduce(lambda tree, name: {name: tree}, reversed(key.split(".")), yaml.safe_load(value))
+
+
+def test_every_feature_of_the_table_has_a_cell():
+    assert set(FEATURES) == {feature for _, features in [*BALANCING.values(), *CAPACITY.values()] for feature in features}
