@@ -13,8 +13,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from moe_dist.initial import draw_normal
-from moe_dist.routing.assignment import assign
+from moe_dist.routing.assignment import assign, dual_prices
 from moe_dist.routing.batch import ExactRouter
+from moe_dist.routing.greedy import assign_greedily
 from moe_dist.routing.scores import router_logits
 from moe_dist.routing.types import Choice, Tokens
 
@@ -43,12 +44,14 @@ class GateProOTRouter(ExactRouter):
         return logits_TE
 
     def solve(self, affinity_GNE: Tensor, real_GN: Tensor | None) -> tuple[Tensor, Tensor]:
-        """See BatchRouter. Greedy matching is the rounding alone, at prices of 0."""
-        groups, num_tokens, num_experts = affinity_GNE.shape
-        is_greedy = self.routing.gatepro_ot.matching == "greedy"
-        start_GE = affinity_GNE.new_zeros(groups, num_experts) if is_greedy else self.start_prices(affinity_GNE)
-        sweeps = 0 if is_greedy else self.routing.optimal_transport.iterations
-        return assign(affinity_GNE, self.routing.top_k, self.capacity(num_tokens), sweeps, start_GE, real_GN)
+        """See BatchRouter."""
+        top_k, capacity = self.routing.top_k, self.capacity(affinity_GNE.shape[1])
+        iterations, start_GE = self.routing.optimal_transport.iterations, self.start_prices(affinity_GNE)
+        if self.routing.gatepro_ot.matching == "optimal_transport":
+            return assign(affinity_GNE, top_k, capacity, iterations, start_GE, real_GN)
+        # Greedy matching has no prices; evaluation needs them.
+        price_GE = dual_prices(affinity_GNE, top_k, capacity, iterations, start_GE, real_GN)
+        return assign_greedily(affinity_GNE, top_k, capacity, real_GN), price_GE
 
     def weights(self, logits_TE: Tensor, scores_TE: Tensor, choice: Choice) -> Tensor:
         """See Router."""

@@ -39,8 +39,11 @@ def observe(
     """Count what the quantile rule needs: for each token and expert the bias from which on the token would choose it."""
     if routing.bias.rule != "quantile" or routing.top_k == selection_TE.shape[1]:
         return
-    # What a further choice would have to beat; of experts outside the groups a token chooses from no bias would bring it in.
-    threshold_T1 = selection_TE.topk(routing.top_k + 1, dim=1).values[:, -1:]
+    best_TK = selection_TE.topk(routing.top_k + 1, dim=1).values
+    # What a further choice would have to beat. Where the number of routed choices is free (zero-computation experts), the
+    # middle between the last choice and the next: at the next one's own value any load below the target would stay.
+    threshold_T1 = best_TK[:, -1:] if routing.zero_experts is None else best_TK[:, -2:].mean(1, keepdim=True)
+    # Outside the groups that a token chooses from no bias would bring an expert in.
     excluded_TE = selection_TE[:, : scores_TE.shape[1]] == -torch.inf
     low, high = _range(state.bias_E, routing)
     wanted_TE = torch.where(excluded_TE, high + 1, threshold_T1 - scores_TE)
@@ -60,7 +63,9 @@ def update_bias(state: BalanceState, totals: Totals, routing: RoutingConfig, rat
         _follow_quantile(state, totals, routing)
     else:
         load_E = totals["load_E"]
-        pairs = load_E.sum() if routing.zero_experts is None else totals["tokens"].double() * routing.zero_experts.target
+        pairs = (
+            load_E.sum() if routing.zero_experts is None else totals["tokens"].double() * routing.zero_experts.target
+        )
         _follow_error(state, load_E, pairs, routing, rate)
     if routing.bias.centre and routing.zero_experts is None:
         state.bias_E -= state.bias_E.mean() - (1 if rule == "multiplicative" else 0)
