@@ -222,10 +222,11 @@ def plot(results: dict[str, Any]) -> None:
     pyplot.rcParams.update({"svg.hashsalt": "loss_free", "svg.fonttype": "none", "font.size": 9})
     IMAGES.mkdir(exist_ok=True)
     for name, draw in {"loss_free_trade_off": draw_trade_off, "loss_free_batches": draw_batches}.items():
-        figure, axes = pyplot.subplots(figsize=(6.4, 4.2), layout="constrained")
+        figure, axes = pyplot.subplots(figsize=(7.6, 4.0), layout="constrained")
         draw(axes, results)
-        axes.legend(frameon=False)
+        axes.minorticks_off()
         axes.grid(alpha=0.3)
+        figure.legend(loc="outside right upper", frameon=False)
         figure.savefig(IMAGES / f"{name}.svg", metadata={"Date": None})
 
 
@@ -236,6 +237,8 @@ def draw_trade_off(axes: Any, results: dict[str, Any]) -> None:
         (point,) = axes.plot(mean(max_vio), mean(loss), marker, markersize=9, label=label)
         axes.plot(max_vio, loss, marker, markersize=4, alpha=0.5, color=point.get_color())
     axes.set(xscale="log", xlabel="MaxVio_global", ylabel="validation loss (nats a byte); small: each seed")
+    axes.set_xticks(ticks := [0.1, 0.2, 0.5, 1, 2, 5, 10], ticks)
+    axes.set_xlim(0.15, 8)
 
 
 def draw_batches(axes: Any, results: dict[str, Any]) -> None:
@@ -246,7 +249,6 @@ def draw_batches(axes: Any, results: dict[str, Any]) -> None:
     axes.plot(same[0]["sizes"], same[0]["floor"], "k--", label="noise floor")
     axes.set(xscale="log", yscale="log", xlabel="sequences in a computation batch", ylabel="MaxVio, mean of the seeds")
     axes.set_xticks(same[0]["sizes"][::2], same[0]["sizes"][::2])
-    axes.minorticks_off()
 
 
 if __name__ == "__main__":

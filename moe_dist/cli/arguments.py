@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 
-def _positive(text: str) -> int:
+def positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise typer.BadParameter(f"{text!r} is not valid; it should be an integer greater than 0")
     return int(text)
@@ -22,7 +22,7 @@ Ranks = Annotated[
     typer.Option(
         "--ranks",
         metavar="N",
-        parser=_positive,
+        parser=positive,
         help="Number of ranks. Default: the fewest that `parallel` needs; with GPUs, `train` uses all of them.",
     ),
 ]

@@ -7,7 +7,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from moe_dist.cli.arguments import ConfigFile, Overrides, _positive
+from moe_dist.cli.arguments import ConfigFile, Overrides, positive
 from moe_dist.config import Config, load_config
 from moe_dist.config.layout import moe_layers
 
@@ -19,7 +19,7 @@ Processes = Annotated[
     typer.Option(
         "--ranks",
         metavar="N",
-        parser=_positive,
+        parser=positive,
         help="Processes on this machine, each with tokens of its own. Default: 2. With 1, other ranks are not tried.",
     ),
 ]

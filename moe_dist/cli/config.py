@@ -9,6 +9,8 @@ from rich.table import Table
 from moe_dist.cli.arguments import ConfigFile, Overrides, Ranks
 from moe_dist.config import Config, Layout, dump_config, layout_dependence, layout_of, load_config
 from moe_dist.config.layout import owner_of_expert
+from moe_dist.config.methods import FEATURES, METHODS
+from moe_dist.config.routing import RoutingConfig
 from moe_dist.config.size import size_of
 from moe_dist.config.support import ENGINES, IMPLEMENTED, SUPPORT
 
@@ -19,7 +21,7 @@ MOST_ROWS = 16
 
 
 def config(config: ConfigFile, overrides: Overrides = None, ranks: Ranks = None) -> None:
-    """Print the resolved configuration, the layout of ranks it means, and what of it depends on the layout."""
+    """Print the resolved configuration, the layout of ranks and the routing it means, and what depends on the layout."""
     resolved = load_config(config, overrides, ranks)
     layout = layout_of(resolved, ranks)
     console = Console(markup=False)
@@ -29,6 +31,7 @@ def config(config: ConfigFile, overrides: Overrides = None, ranks: Ranks = None)
         _layout(layout),
         _experts(resolved, layout),
         _parameters(resolved),
+        _routing(resolved.routing),
         _support(),
         _dependence(resolved, layout),
     )
@@ -73,6 +76,28 @@ def _parameters(config: Config) -> Table:
         ("all", size.experts + size.rest, size.active_experts + size.rest),
     ):
         table.add_row(name, f"{total:,}", f"{active:,}")
+    return table
+
+
+def _routing(routing: RoutingConfig) -> Table:
+    method = METHODS[routing.method]
+    looking_ahead = [] if method.causal else [f"routing.method: {routing.method}"]
+    if routing.capacity is not None and routing.capacity.policy != "position":
+        looking_ahead.append(f"routing.capacity.policy: {routing.capacity.policy}")
+    table = _table("Routing", "method", routing.method)
+    table.add_row("what it does", method.summary)
+    table.add_row("experts of a token", f"{routing.top_k} on average" if method.varies else str(routing.top_k))
+    table.add_row("causal in training", f"no, by {' and '.join(looking_ahead)}" if looking_ahead else "yes")
+    if method.uses_group:
+        by_prices = "causal: a token's own scores, less averages of the prices that balanced the training steps"
+        table.add_row("in evaluation", by_prices if routing.evaluation == "causal" else "as in training")
+    table.add_row("equal loads", "yes, in every routing group" if method.exact else "no")
+    weights = {"hash": routing.hash.weights, "gatepro_ot": routing.gatepro_ot.weights}
+    if weights.get(routing.method) == "constant":
+        table.add_row("weights", "constant: routing.score and routing.renormalise are not used")
+    for place, reason in enumerate(dict.fromkeys(method.refused.values())):
+        names = ", ".join(name for key, name in FEATURES.items() if method.refused.get(key) == reason)
+        table.add_row("" if place else "refuses", f"{names}: {reason}")
     return table
 
 

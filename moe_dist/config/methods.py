@@ -4,6 +4,7 @@ The one table that the checks, `moe-dist config`, docs/routing.md and the tests 
 do nothing or contradict the method.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
@@ -223,5 +224,5 @@ def combinations_table() -> str:
     )
 
 
-def _markdown(headings: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+def _markdown(headings: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
     return "\n".join("| " + " | ".join(cells) + " |" for cells in (headings, ("---",) * len(headings), *rows))

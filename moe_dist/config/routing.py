@@ -213,8 +213,9 @@ class CapacityConfig(Section):
     evaluation_factor: PositiveFloat | Literal["auto"] | None = None
     """The factor in evaluation. null: no limit there."""
     policy: Literal["position", "weight", "random", "batch_priority"] = "position"
-    """Which pairs stay when an expert is full: the earliest (causal), those of highest weight (looks ahead), random ones,
-    or those of the tokens with the highest score (V-MoE, arXiv 2106.05974; looks ahead)."""
+    """Which pairs stay when an expert is full: the earliest (causal), those of highest weight, random ones (DeepSpeed), or
+    those of the tokens with the highest score (V-MoE, arXiv 2106.05974). By all but position, a later token may take an
+    earlier one's place."""
     overflow: Literal["drop", "reroute"] = "drop"
     """reroute: a token goes on to its next best expert that has room."""
     level: Literal["expert", "expert_group"] = "expert"

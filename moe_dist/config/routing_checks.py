@@ -164,6 +164,11 @@ def _balancing(routing: RoutingConfig) -> Iterator[str]:
                     f"routing.losses.{name}: is not for routing.zero_experts, which are balanced by the bias; use "
                     f"routing.losses.{name}.coefficient=0"
                 )
+        if routing.load_adjustment is not None:
+            yield (
+                "routing.load_adjustment: is not for routing.zero_experts, which are balanced by the bias; use "
+                "routing.load_adjustment=null"
+            )
 
 
 def _expert_groups(routing: RoutingConfig, num_experts: int) -> Iterator[str]:

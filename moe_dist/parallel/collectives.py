@@ -73,6 +73,6 @@ def all_gather_rows(rows_TN: torch.Tensor, group: dist.ProcessGroup | None) -> t
     """The rows of all ranks in rank order, [ranks x T, N]; every rank must hold equally many. Not differentiable."""
     if group is None:
         return rows_TN
-    all_rows = rows_TN.new_empty(dist.get_world_size(group) * len(rows_TN), *rows_TN.shape[1:])
-    dist.all_gather_into_tensor(all_rows, rows_TN.contiguous(), group=group)
-    return all_rows
+    all_rows = rows_TN.new_empty(dist.get_world_size(group), *rows_TN.shape)
+    dist.all_gather(list(all_rows), rows_TN.contiguous(), group=group)
+    return all_rows.flatten(0, 1)

@@ -86,7 +86,7 @@ def audit_router(
     vocab_size: int = 257,
     num_sequences: int = 4,
     length: int = 32,
-    num_trials: int = 60,
+    num_trials: int = 40,
     num_steps: int = 100,
     group: dist.ProcessGroup | None = None,
 ) -> Findings:

@@ -43,6 +43,8 @@ class BatchRouter(Router):
         if not (self.training or self.as_trained):
             return self.choose_causally(affinity_TE)
         real_T = None if tokens.padding_T is None else ~tokens.padding_T
+        if real_T is not None:  # what padding holds may be too large to compute with
+            affinity_TE = affinity_TE.masked_fill(~real_T[:, None], 0)
         chosen_TE, price_GE = self.solve_groups(affinity_TE, real_T, tokens)
         if counts:
             self._count_prices(price_GE)

@@ -91,7 +91,7 @@ class Router(nn.Module):
         with torch.no_grad():
             choice = with_padding(self.choose(logits_TE.detach(), scores_TE.detach(), tokens, counts), real_T)
             wanted_E = count_per_expert(choice.expert_TK, logits_TE.shape[1], choice.valid_TK)[: self.num_experts]
-            final = self._rerouted(choice, logits_TE, scores_TE, tokens)
+            final = self._rerouted(choice, scores_TE, tokens)
         weight_TK = self.weights(logits_TE, scores_TE, final)
         routing = self._pairs(final, weight_TK, wanted_E)
         if self.training:
@@ -210,7 +210,7 @@ class Router(nn.Module):
             pairs_per_expert=choice.slots,
         )
 
-    def _rerouted(self, choice: Choice, logits_TE: Tensor, scores_TE: Tensor, tokens: Tokens) -> Choice:
+    def _rerouted(self, choice: Choice, scores_TE: Tensor, tokens: Tokens) -> Choice:
         """The choice after overflow has gone on to the next best experts with room, if that is configured."""
         capacity = self.routing.capacity
         if capacity is None or capacity.overflow != "reroute" or factor_now(capacity, self.training) is None:

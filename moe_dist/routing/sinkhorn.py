@@ -80,13 +80,14 @@ def _moments(
     logits_GNE: torch.Tensor, real_GN1: torch.Tensor, group: dist.ProcessGroup | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Number of tokens and standard deviation of their logits, each [G]."""
-    kept_GNE = logits_GNE * real_GN1
-    sums = torch.stack([real_GN1.sum((1, 2)), kept_GNE.sum((1, 2)), kept_GNE.square().sum((1, 2))])
+    # In float64: where all logits have an offset in common, the difference of squares would cancel.
+    kept_GNE = (logits_GNE * real_GN1).double()
+    sums = torch.stack([real_GN1.double().sum((1, 2)), kept_GNE.sum((1, 2)), kept_GNE.square().sum((1, 2))])
     if group is not None:
         dist.all_reduce(sums, group=group)
     values_G = (sums[0] * logits_GNE.shape[2]).clamp(min=1)
     variance_G = sums[2] / values_G - (sums[1] / values_G).square()
-    return sums[0], variance_G.clamp(min=1e-12).sqrt()
+    return sums[0].to(logits_GNE.dtype), variance_G.clamp(min=1e-12).sqrt().to(logits_GNE.dtype)
 
 
 def _logsumexp_over_tokens(value_GNE: torch.Tensor, group: dist.ProcessGroup | None) -> torch.Tensor:

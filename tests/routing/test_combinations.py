@@ -140,4 +140,6 @@ def as_tree(override: str) -> Tree:
 
 
 def test_every_feature_of_the_table_has_a_cell():
-    assert set(FEATURES) == {feature for _, features in [*BALANCING.values(), *CAPACITY.values()] for feature in features}
+    assert set(FEATURES) == {
+        feature for _, features in [*BALANCING.values(), *CAPACITY.values()] for feature in features
+    }
