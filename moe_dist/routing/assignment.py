@@ -15,6 +15,7 @@ __all__ = ["assign", "auction", "dual_prices"]
 
 EXCHANGE_ROUNDS = 24
 # Exchanges of a group end when a round gains less than this part of what its assignment is worth over a random one.
+PERIOD = 3
 NEGLIGIBLE = 2**-13
 # Below every sum of 8 gains, each at most 2^24; two of it fit in 32 bits.
 BLOCKED = -(2**29)
@@ -125,6 +126,7 @@ def exchange(
     first_G11 = (num_rows + 1) * torch.arange(num_groups, device=device)[:, None, None]
     worth_G = _worth(value_GIC, item_GCQ)
     active_G1 = torch.ones_like(worth_G, dtype=torch.bool)[:, None]
+    gained_G = torch.zeros_like(worth_G, dtype=torch.int64)
     for step in range(EXCHANGE_ROUNDS):
         holds_GIC = _holders(item_GCQ, num_rows)
         own_GCQ = value_GIC.gather(1, item_GCQ.transpose(1, 2)).transpose(1, 2)
@@ -142,10 +144,12 @@ def exchange(
         moves_GCQ = (total_GCQ.gather(1, leader_GCQ) > 0) & (before_GC != itself_GC)[:, :, None]
         arriving_GCQ = item_GCQ.gather(1, before_GC[:, :, None].expand_as(item_GCQ))
         item_GCQ = torch.where(moves_GCQ, arriving_GCQ, item_GCQ)
-        gained_G = torch.where(moves_GCQ, gain_GCQ, 0).sum((1, 2), dtype=torch.int64)
-        active_G1 = (gained_G > worth_G * NEGLIGIBLE)[:, None]
-        if step % 4 == 3 and not active_G1.any():
-            break
+        gained_G += torch.where(moves_GCQ, gain_GCQ, 0).sum((1, 2), dtype=torch.int64)
+        if step % PERIOD == PERIOD - 1:
+            active_G1 = (gained_G > worth_G * NEGLIGIBLE)[:, None]
+            gained_G = torch.zeros_like(gained_G)
+            if not active_G1.any():
+                break
     return _holders(item_GCQ, num_rows)[:, :num_rows]
 
 

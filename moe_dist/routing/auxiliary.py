@@ -95,7 +95,8 @@ def over_ranks(value_E: Tensor, tokens: Tokens, group: dist.ProcessGroup | None)
 def add_state(balance: BalanceState, routing: RoutingConfig, num_experts: int) -> None:
     """Loads of the batch for scope: global_batch, and the coefficient that follows the drop rate."""
     for name in BALANCE_LOSSES:
-        if getattr(routing.losses, name).scope == "global_batch":
+        loss_config: BalanceLossConfig = getattr(routing.losses, name)
+        if loss_config.coefficient and loss_config.scope == "global_batch":
             groups = num_experts if name == "load_balance" else _num_groups(routing)
             balance.add_batch_load(name, groups + 1)
     if routing.losses.load_balance.adaptive is not None:

@@ -3,6 +3,7 @@
 Shape letters: E experts.
 """
 
+import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -57,7 +58,7 @@ class BalanceState(nn.Module):
     def values(self) -> Iterator[tuple[str, torch.Tensor]]:
         """What is in the checkpoint, by name without shape letters."""
         for name in self.state_dict():
-            yield name.rpartition("_")[0] or name, getattr(self, name)
+            yield re.sub("_[A-Z]+$", "", name), getattr(self, name)
 
     def counters(self) -> dict[str, torch.Tensor]:
         """The counters by name."""

@@ -2,8 +2,9 @@
 
 A token is used by any number of experts, or by at most `expert_choice.max_experts`. The paper solves that cap by an entropic
 program and rounds it by top-k, which may exceed the cap; here it is the assignment problem with the roles of tokens and
-experts exchanged, which keeps it exactly. Not causal in training. In evaluation a token takes the k experts by whose
-threshold (the least score that they took in training, averaged) it has most to spare.
+experts exchanged, which keeps it exactly (C is rounded down where the cap needs that, else up). Not causal in training. In
+evaluation a token takes the k experts by whose threshold (the least score that they took in training, averaged) it has most
+to spare.
 
 Shape letters: T tokens, E experts, G routing groups, N tokens of a routing group.
 """
@@ -42,17 +43,23 @@ class ExpertChoiceRouter(ExactRouter):
             return torch.zeros_like(affinity_GNE, dtype=torch.bool).scatter_(1, token_GCE, True)
         # A group with padding has fewer tokens to share out.
         token_GCE = affinity_GNE.masked_fill(~real_GN[..., None], -torch.inf).topk(capacity, dim=1).indices
-        capacity_G = (real_GN.sum(1) * self.routing.top_k / self.num_experts).ceil()
+        capacity_G = (real_GN.sum(1) * self.routing.top_k + self.num_experts - 1) // self.num_experts
         taken_GC = torch.arange(capacity, device=capacity_G.device) < capacity_G[:, None]
         taken_GCE = taken_GC[..., None].expand_as(token_GCE)
         return torch.zeros_like(affinity_GNE, dtype=torch.bool).scatter_(1, token_GCE, taken_GCE)
 
     def _capped(self, affinity_GNE: torch.Tensor, real_GN: torch.Tensor | None, cap: int) -> torch.Tensor:
-        score_GEN = affinity_GNE.transpose(1, 2)
-        if real_GN is not None:  # padding comes last, and what falls on it is not used
-            low, high = score_GEN.amin(), score_GEN.amax()
-            score_GEN = torch.where(real_GN[:, None], score_GEN, low - 10 * (high - low + 1))
-        chosen_GEN, _ = assign(score_GEN, self.capacity(affinity_GNE.shape[1]), cap, CAP_ITERATIONS)
+        if real_GN is not None:  # groups then have different numbers of tokens, and capacities
+            chosen_GNE = torch.zeros_like(affinity_GNE, dtype=torch.bool)
+            for group, real_N in enumerate(real_GN):
+                chosen_GNE[group, real_N] = self._capped(affinity_GNE[group, real_N][None], None, cap)[0]
+            return chosen_GNE
+        num_tokens = affinity_GNE.shape[1]
+        # Rounding up may ask for more than the cap allows.
+        capacity = min(self.capacity(num_tokens), num_tokens * cap // self.num_experts)
+        if not capacity:
+            return torch.zeros_like(affinity_GNE, dtype=torch.bool)
+        chosen_GEN, _ = assign(affinity_GNE.transpose(1, 2), capacity, cap, CAP_ITERATIONS)
         return chosen_GEN.transpose(1, 2)
 
     def as_choice(self, chosen_TE: torch.Tensor, affinity_TE: torch.Tensor, tokens: Tokens) -> Choice:

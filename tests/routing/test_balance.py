@@ -7,8 +7,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from moe_dist.config.methods import METHOD_NAMES
 from moe_dist.config.routing import RoutingConfig
-from moe_dist.routing import Routing
+from moe_dist.routing import Routing, build_router
 from moe_dist.routing.balance import BalanceState, sum_over_ranks
 from moe_dist.routing.loss_free import update_bias
 from tests.support.distributed import run_ranks
@@ -92,6 +93,17 @@ def test_counts_are_those_of_the_routing_added_up() -> None:
         state.count(Routing(nothing, nothing, torch.zeros(0), torch.tensor([5, 6, 7]), dropped_E), num_tokens=9)
     assert (state.load_E.tolist(), state.dropped_E.tolist()) == ([15, 18, 21], [1, 2, 0])
     assert state.tokens.item() == 27
+
+
+@pytest.mark.parametrize("method", METHOD_NAMES)
+def test_values_of_the_checkpoint_have_names_of_their_own(method: str) -> None:
+    top_k = 1 if method == "base" else 2
+    config = RoutingConfig.model_validate({"method": method, "top_k": top_k, "load_adjustment": {"strength": 1}})
+    balance = build_router(4, 8, config, vocab_size=9).balance
+    values = dict(balance.values())
+    assert len(values) == len(balance.state_dict())
+    assert {id(value) for value in values.values()} == {id(getattr(balance, name)) for name in balance.state_dict()}
+    assert {"bias", "recent_load"} <= values.keys()
 
 
 # Several ranks.

@@ -6,7 +6,6 @@ And what docs/routing.md and `moe-dist config` say of the methods is what the ta
 import re
 from functools import cache, reduce
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -143,3 +142,76 @@ def test_every_feature_of_the_table_has_a_cell():
     assert set(FEATURES) == {
         feature for _, features in [*BALANCING.values(), *CAPACITY.values()] for feature in features
     }
+
+
+# What the table says is what users read.
+
+GUIDE = (Path(__file__).parents[2] / "docs" / "routing.md").read_text()
+
+
+@pytest.mark.parametrize(("name", "table"), [("methods", methods_table), ("combinations", combinations_table)])
+def test_tables_of_the_guide(name, table):
+    (written,) = re.findall(rf"<!-- {name}: begin.*?-->\n(.*?)\n<!-- {name}: end -->", GUIDE, re.DOTALL)
+    assert written == table()
+
+
+def test_the_table_of_combinations():
+    """By the registry itself, cell by cell."""
+    heading, _, *rows = [line[2:-2].split(" | ") for line in combinations_table().splitlines() if line.startswith("|")]
+    reasons = dict(re.findall(r"^(\d+)\. (.*)$", combinations_table(), re.MULTILINE))
+    assert heading[1:] == list(FEATURES.values())
+    assert [row[0] for row in rows] == [f"`{method}`" for method in METHODS]
+    for method, (_, *answers) in zip(METHODS, rows, strict=True):
+        for feature, answer in zip(FEATURES, answers, strict=True):
+            number = re.fullmatch(r"yes|no \((\d+)\)", answer)[1]
+            assert METHODS[method].refused.get(feature) == (number and reasons[number])
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_has_a_section_with_a_command(method):
+    (section,) = [text for text in GUIDE.split("\n### ")[1:] if method in text.splitlines()[0].split(" ")]
+    section = section.split("\n## ")[0]
+    assert re.search(r"```bash\nmoe-dist ", section)
+    assert method == "top_k" or f"routing.method={method} " in section
+    assert ("Not causal" in section) == (not METHODS[method].causal)
+    assert ("Not causal, exact" in section) == METHODS[method].exact
+
+
+def recipes():
+    """The overrides of each published model in the guide."""
+    (table,) = re.findall(r"<!-- recipes: begin -->\n(.*?)\n<!-- recipes: end -->", GUIDE, re.DOTALL)
+    for row in table.splitlines()[2:]:
+        yield pytest.param(re.findall(r"`((?:model|moe|routing)[\w.]*=.*?)`", row), id=row.split(" | ")[0][2:])
+
+
+@pytest.mark.parametrize("overrides", list(recipes()))
+def test_recipes_are_valid(overrides, tmp_path):
+    (tmp_path / "config.yaml").touch()
+    load_config(tmp_path / "config.yaml", overrides)
+
+
+def test_config_prints_what_holds_for_the_method(tmp_path):
+    (tmp_path / "config.yaml").touch()
+
+    def lines(*overrides: str) -> list[str]:
+        result = CliRunner().invoke(app, ["config", str(tmp_path / "config.yaml"), *overrides])
+        assert result.exit_code == 0, result.output
+        return [" ".join(line.split()) for line in result.stdout.splitlines()]
+
+    shown = lines("routing.method=expert_choice")
+    for line in (
+        "method expert_choice",
+        "experts of a token 2 on average",
+        "causal in training no, by routing.method: expert_choice",
+        "equal loads yes, in every routing group",
+        "refuses bias, load_adjustment: every expert takes equally many",
+        "load: it needs the noise of noisy_top_k",
+    ):
+        assert line in shown
+    assert "in evaluation as in training" in lines("routing.method=sinkhorn", "routing.evaluation=as_trained")
+    shown = lines("routing.capacity={factor: 1.25, policy: weight}")
+    assert "causal in training no, by routing.capacity.policy: weight" in shown
+    shown = lines("routing.method=hash", "routing.capacity={factor: 1.25}")
+    assert "causal in training yes" in shown
+    assert "equal loads no" in shown
+    assert "weights constant: routing.score and routing.renormalise are not used" in shown

@@ -46,7 +46,7 @@ def test_logits_are_clean_ones_plus_scaled_noise_in_training() -> None:
     router.noise_weight.data.copy_(make_router().noise_weight)
     tokens = Tokens(global_index_T=index, step=6)
     clean = make_hidden() @ router.weight.T
-    deviation = functional.softplus(make_hidden() @ router.noise_weight.T)
+    deviation = functional.softplus(make_hidden() @ router.noise_weight.T).clamp(min=0.01)
     noise = normal(key_of(3, "layers.4", "noise"), 6, index, E)
     torch.testing.assert_close(router.logits(make_hidden(), tokens), clean + noise * deviation, rtol=1e-12, atol=1e-12)
     assert torch.equal(router.eval().logits(make_hidden(), tokens), clean)
@@ -136,7 +136,7 @@ def test_losses_match_plain_loops() -> None:
     for expert, weight in zip(routing.expert_P.tolist(), routing.weight_P.tolist(), strict=True):
         importance[expert] += weight
     noisy, clean = router.logits(hidden, Tokens()).tolist(), (hidden @ router.weight.T).tolist()
-    deviation = functional.softplus(hidden @ router.noise_weight.T).tolist()
+    deviation = functional.softplus(hidden @ router.noise_weight.T).clamp(min=0.01).tolist()
     for t in range(T):
         for e in range(E):
             to_beat = sorted((noisy[t][j] for j in range(E) if j != e), reverse=True)[K - 1]

@@ -81,6 +81,31 @@ def test_resume_is_exact_to_the_bit(case: str, tiny: Path, tmp_path: Path) -> No
     assert all(layer["bias_range"] > 0 for record in whole for layer in record["balance"]["layers"].values())
 
 
+NO_BALANCING = ["routing.bias.rule=none", "routing.losses={}"]
+STATEFUL = {
+    "momentum": ["routing.bias.rule=momentum"],
+    "quantile": ["routing.bias={rule: quantile, decay: 0.5}"],
+    "load adjustment": ["routing.load_adjustment={strength: 0.5}"],
+    "adaptive": ["routing.losses.load_balance.adaptive={decay: 0.5}", "routing.capacity={factor: 1.0}"],
+    "noisy_top_k": ["routing.method=noisy_top_k", *NO_BALANCING],
+    "hash": ["routing.method=hash", *NO_BALANCING],
+    "sinkhorn": ["routing.method=sinkhorn", *NO_BALANCING],
+    "optimal_transport": ["routing.method=optimal_transport", *NO_BALANCING],
+    "gatepro_ot": ["routing.method=gatepro_ot", *NO_BALANCING],
+    "expert_threshold": ["routing.method=expert_threshold", *NO_BALANCING],
+}
+"""What a balancer keeps beside a bias, by which routing goes on as it would have."""
+
+
+@pytest.mark.parametrize("case", STATEFUL)
+def test_what_a_balancer_keeps_is_in_the_checkpoint(case: str, tiny: Path, tmp_path: Path) -> None:
+    overrides = [*STATEFUL[case], "training.evaluation={interval: 4, tokens: 64}"]
+    ((whole, resumed),) = run_ranks(1, train_and_resume, tiny, overrides, tmp_path)
+    assert not [name for name in whole if not np.array_equal(whole[name], resumed[name])]
+    records = [without_speed(tmp_path / name / "metrics.jsonl") for name in ("whole", "resumed")]
+    assert [r for r in records[0] if r["step"] > 4] == records[1]
+
+
 # Another layout
 
 
