@@ -26,7 +26,7 @@ def moe_dist_commands():
     for block in blocks("bash"):
         for line in block.values[0].splitlines():
             words = shlex.split(line, comments=True)
-            if words[:1] == ["moe-dist"] and "CONFIG" not in words:
+            if words[:1] == ["moe-dist"] and not {"CONFIG", "DIR"} & set(words):
                 yield words[1:]
 
 

@@ -97,6 +97,12 @@ class BatchRouter(Router):
 class ExactRouter(BatchRouter):
     """A batch router that gives every expert the same number of slots in every routing group."""
 
+    def choose(self, logits_TE: torch.Tensor, scores_TE: torch.Tensor, tokens: Tokens, counts: bool) -> Choice:
+        """See Router."""
+        if not len(logits_TE):  # nothing to assign, so on all ranks of a global group
+            return self.as_choice(torch.zeros_like(logits_TE, dtype=torch.bool), logits_TE, tokens)
+        return super().choose(logits_TE, scores_TE, tokens, counts)
+
     def capacity(self, num_tokens: int) -> int:
         """Slots of an expert in a routing group of so many tokens, padding included: ceil(n k / E)."""
         return math.ceil(num_tokens * self.routing.top_k / self.num_experts)
