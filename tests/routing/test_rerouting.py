@@ -315,10 +315,13 @@ def test_by_position_no_later_token_changes_anything(case: Case, level: str, dat
 
 @pytest.mark.parametrize("policy", ["weight", "random", "batch_priority"])
 def test_other_policies_look_ahead(policy: str) -> None:
-    case = random_case(groups=1, length=16)
-    halved = dataclasses.replace(case, wanted=case.wanted[:8] + ((),) * 8)
-    before, after = (experts_of(run(c, policy=policy)) for c in (case, halved))
-    assert before[:8] != after[:8]
+    changed = 0
+    for seed in range(5):
+        case = random_case(seed, groups=1, length=16)
+        halved = dataclasses.replace(case, wanted=case.wanted[:8] + ((),) * 8)
+        before, after = (experts_of(run(c, policy=policy)) for c in (case, halved))
+        changed += before[:8] != after[:8]
+    assert changed
 
 
 def run_share(case: Case, capacity: dict[str, Any]) -> Choice:
