@@ -15,7 +15,7 @@ from moe_dist.config.routing import SequenceGroup
 from moe_dist.parallel.collectives import all_gather_rows
 from moe_dist.routing.assignment import dual_prices
 from moe_dist.routing.auction import auction
-from moe_dist.routing.batch import ExactRouter
+from moe_dist.routing.batch import ExactRouter, of_real_groups
 from moe_dist.routing.random import permutation
 from moe_dist.routing.types import Tokens
 
@@ -71,6 +71,7 @@ class BaseRouter(ExactRouter):
         chosen_GNE = auction(affinity_GNE, capacity, self.routing.base.rounds, real_GN)
         # The auction's own prices are those of tokens; evaluation needs prices of experts.
         price_GE = dual_prices(affinity_GNE, 1, capacity, PRICE_ITERATIONS, self.start_prices(affinity_GNE), real_GN)
+        price_GE = of_real_groups(price_GE, real_GN)
         return all_gather_rows(chosen_GNE.long().argmax(2), group), all_gather_rows(price_GE, group)
 
     def _num_ranks(self) -> int:

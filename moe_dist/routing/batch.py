@@ -53,9 +53,14 @@ class BatchRouter(Router):
     def solve_groups(
         self, affinity_TE: torch.Tensor, real_T: torch.Tensor | None, tokens: Tokens
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """`solve` over the routing groups of the config: [T, E] and [G, E]."""
+        """`solve` over the routing groups of the config: [T, E] and [G, E], where NaN is no price."""
+
+        def solve(affinity_GNE: torch.Tensor, real_GN: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+            chosen_GNE, price_GE = self.solve(affinity_GNE, real_GN)
+            return chosen_GNE, of_real_groups(price_GE, real_GN)
+
         chosen_TE, price_GE = solve_in_groups(
-            self.solve, affinity_TE, real_T, self.routing.group, tokens, self.data_parallel_group
+            solve, affinity_TE, real_T, self.routing.group, tokens, self.data_parallel_group
         )
         return chosen_TE, price_GE
 
@@ -87,8 +92,9 @@ class BatchRouter(Router):
         # Every rank solves the groups of routing.group: global alike; they count once.
         if self.routing.group == "global" and self._rank() > 0:
             return
-        self.balance.priced_groups += len(price_GE)
-        self.balance.price_sum_E += to_fixed_point(price_GE).sum(0)
+        priced_G = price_GE.isfinite().all(1)
+        self.balance.priced_groups += priced_G.sum()
+        self.balance.price_sum_E += to_fixed_point(torch.where(priced_G[:, None], price_GE, 0)).sum(0)
 
     def _rank(self) -> int:
         return 0 if self.data_parallel_group is None else dist.get_rank(self.data_parallel_group)
@@ -117,6 +123,11 @@ class ExactRouter(BatchRouter):
             return None
         groups = num_groups(self.routing.group, tokens)
         return groups * self.capacity(num_tokens // groups)
+
+
+def of_real_groups(price_GE: torch.Tensor, real_GN: torch.Tensor | None) -> torch.Tensor:
+    """The prices, NaN for groups of padding alone."""
+    return price_GE if real_GN is None else price_GE.masked_fill(~real_GN.any(1, keepdim=True), torch.nan)
 
 
 def all_experts(chosen_TE: torch.Tensor, slots: int | None) -> Choice:

@@ -108,13 +108,13 @@ def test_padding_takes_no_slots(method: str) -> None:
 # Quality.
 
 
-@pytest.mark.parametrize(("method", "least"), [("optimal_transport", 0.99), ("base", 0.98), ("gatepro_ot", 0.99)])
+@pytest.mark.parametrize(("method", "least"), [("optimal_transport", 0.998), ("base", 0.98), ("gatepro_ot", 0.998)])
 def test_choices_are_near_the_best_there_are(method: str, least: float) -> None:
     """Of what the methods maximise, with one expert a token, against the optimum of scipy."""
     router, tokens = make_router(method, top_k=1, group="rank"), 96
-    hidden = make_hidden(tokens)
+    hidden = make_hidden(tokens) * torch.linspace(0.1, 4, tokens, dtype=torch.float64)[:, None]
     logits = router.logits(hidden, Tokens()).detach()
-    worth = router.affinity(logits, logits.softmax(1)).numpy()
+    worth = (logits.softmax(1) if method == "optimal_transport" else logits).numpy()
     slots = np.repeat(worth, tokens // E, axis=1)
     best = slots[scipy.optimize.linear_sum_assignment(slots, maximize=True)].sum()
     random = worth.mean() * tokens

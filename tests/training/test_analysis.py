@@ -82,5 +82,7 @@ def test_a_table_of_another_size_is_refused(tiny: Path, tmp_path: Path) -> None:
     path = tmp_path / "table.npz"
     save_table(path, SavedTable(np.zeros((257, 1), dtype=np.int64), "random", 0, 8, np.ones(257, dtype=np.int64)))
     config = load_config(tiny, [*HASH, f"routing.hash.file={path}"])
-    with pytest.raises(ValueError, match="is for 257 tokens, 1 experts a token and 8 experts; this run has 257, 2 and 8"):
+    with pytest.raises(
+        ValueError, match="is for 257 tokens, 1 experts a token and 8 experts; this run has 257, 2 and 8"
+    ):
         table_of(config, TextData(config))
