@@ -68,7 +68,10 @@ def update_bias(state: BalanceState, totals: Totals, routing: RoutingConfig, rat
         )
         _follow_error(state, load_E, pairs, routing, rate)
     if routing.bias.centre and routing.zero_experts is None:
-        state.bias_E -= state.bias_E.mean() - (1 if rule == "multiplicative" else 0)
+        if rule == "multiplicative":
+            state.bias_E /= state.bias_E.mean()
+        else:
+            state.bias_E -= state.bias_E.mean()
 
 
 def _follow_error(

@@ -71,8 +71,10 @@ def loop_rule(config: BiasConfig, bias: list[float], momentum: list[float], load
     else:
         change = error if config.rule == "proportional" else sign
         bias = [b + RATE * d for b, d in zip(bias, change, strict=True)]
-    centre = 1 if config.rule == "multiplicative" else 0
-    return [b - statistics.fmean(bias) + centre for b in bias] if config.centre else bias
+    if not config.centre:
+        return bias
+    mean = statistics.fmean(bias)
+    return [b / mean if config.rule == "multiplicative" else b - mean for b in bias]
 
 
 @pytest.mark.parametrize("centre", [True, False])
@@ -92,6 +94,20 @@ def test_many_steps_match_a_plain_loop(rule: str, centre: bool) -> None:
         assert state.bias_E.tolist() == pytest.approx(bias, abs=2e-6)
     if not centre and rule != "proportional":  # whose errors sum to 0
         assert abs(statistics.fmean(bias) - (rule == "multiplicative")) > 1e-3
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_centring_changes_no_choice(rule: str) -> None:
+    choices, means = [], []
+    for centre in (True, False):
+        router = make_router(bias={"rule": rule, "centre": centre}, score="sigmoid")
+        step(router, make_scores(500), rate=0.3)
+        choices.append(router(make_scores(5000, seed=1), Tokens()).expert_P)
+        means.append(router.balance.bias_E.mean().item())
+    assert torch.equal(*choices)
+    assert means[0] == pytest.approx(1.0 if rule == "multiplicative" else 0.0, abs=1e-6)
+    if rule in ("sign", "multiplicative", "quantile"):  # there was something to centre
+        assert abs(means[1] - means[0]) > 1e-3
 
 
 @pytest.mark.parametrize("rule", RULES)
