@@ -38,6 +38,7 @@ VARIANTS: dict[str, list[str]] = {
         rule: [f"routing.bias.rule={rule}", "routing.losses={}"]
         for rule in ("proportional", "multiplicative", "momentum", "quantile")
     },
+    "multiplicative_1e-2": ["routing.bias.rule=multiplicative", "routing.bias.rate=1e-2", "routing.losses={}"],
     "switch": with_loss("micro_batch"),
     "gshard": with_loss("micro_batch", "routing.losses.load_balance.choices=first"),
     "deepseek": with_loss("sequence"),

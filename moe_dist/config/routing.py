@@ -124,7 +124,7 @@ class BiasConfig(Section):
     momentum: a moving average of rate * tanh(slope * error) (SMEBU, arXiv 2602.17004);
     quantile: the bias that would have balanced the step, from histograms, without a rate (arXiv 2607.24653)."""
     rate: PositiveFloat = 1e-3
-    """Size of one update, in units of the scores."""
+    """Size of one update, in units of the scores (multiplicative: relative to them, so that it needs a larger one)."""
     final_rate: NonNegativeFloat | None = None
     """The rate falls linearly to this value over training.steps. Default: it stays."""
     stop_step: PositiveInt | None = None
