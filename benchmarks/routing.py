@@ -23,6 +23,7 @@ import torch.multiprocessing
 
 from moe_dist import MoELayer
 from moe_dist.config import MoEConfig, RoutingConfig
+from moe_dist.parallel.memory import keep_freed_memory
 from moe_dist.routing import Tokens, build_router
 from moe_dist.routing.assignment import assign
 from moe_dist.routing.sinkhorn import sinkhorn_prices
@@ -45,6 +46,7 @@ def main() -> None:
 
 def worker(rank: int, options: argparse.Namespace, store: str) -> None:
     """One rank; rank 0 prints."""
+    keep_freed_memory()  # as in training
     torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // options.ranks))
     is_gpu = options.device == "cuda"
     device = torch.device("cuda", rank) if is_gpu else torch.device("cpu")
