@@ -55,12 +55,15 @@ def complete(
 ) -> torch.Tensor:
     """Give every real row its `per_row` columns: by proposals to columns with room, and swaps where these have an end.
 
-    Of any two passes one places something, so that they end; the host waits for the device in each.
+    Of two passes in succession one places something, so that they end. The host waits for the device in each.
 
     Args:
         held_GRC: what is given already, at most `per_row` in a row and `capacity` in a column, nothing in padding rows.
+
+    Raises:
+        FloatingPointError: nothing can be placed because scores are not finite.
     """
-    total_before = None
+    step, total_before = _propose, -1
     while True:
         lacking_GR = per_row * real_GR - held_GRC.sum(2)
         room_GC = capacity - held_GRC.sum(1)
@@ -69,6 +72,8 @@ def complete(
         assert spare >= 0, f"capacity {capacity} of {held_GRC.shape[2]} columns is too little for {per_row} of each row"
         if total == 0:
             return held_GRC
+        if total == total_before and step is _swap:
+            raise FloatingPointError("routing scores are not finite")
         step = _swap if total == total_before else _propose
         held_GRC = step(value_GRC, held_GRC, lacking_GR, room_GC, num_rows)
         total_before = total

@@ -1,5 +1,6 @@
 """Balanced assignment: exact counts whatever the input, and the sum of scores against the linear program's optimum."""
 
+import contextlib
 import itertools
 import math
 from collections.abc import Callable, Iterator
@@ -218,6 +219,15 @@ def test_what_cannot_be_done_is_refused(name: str) -> None:
         assign(score, 1, 4) if name == "assign" else auction(score, 4, 3)
 
 
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_scores_that_are_not_finite_are_refused_or_placed_but_never_hang(bad: float) -> None:
+    score = torch.randn(1, 24, 6, generator=seeded(0))
+    for spoilt in (score.masked_fill(score > 1, bad), torch.full_like(score, bad)):
+        for run in (lambda: assign(spoilt, 2, 8)[0], lambda: assign(spoilt, 2, 9)[0], lambda: auction(spoilt, 8, 9)):  # noqa: B023
+            with contextlib.suppress(FloatingPointError):
+                run()
+
+
 def test_more_columns_a_row_than_there_are_is_refused() -> None:
     with pytest.raises(AssertionError):
         assign(torch.zeros(1, 4, 2), 3, 100)
@@ -272,6 +282,14 @@ def test_prices_bound_the_optimum_closely(name: str, per_row: int, capacity: int
     assert min(gaps) >= -1e-6
     assert gaps[3] <= gaps[0] + 1e-6
     assert gaps[3] <= (0.25 if name == "rank_one" else 0.03)
+
+
+def test_padding_leaves_prices_as_they_are() -> None:
+    score, real = heavy_columns((1, 96, 16), seeded(0)), torch.rand(1, 96, generator=seeded(1)) < 0.6
+    padded = torch.where(real[:, :, None], score, 1e6)
+    for capacity in (math.ceil(real.sum().item() * 2 / 16), 24):
+        prices = dual_prices(padded, 2, capacity, 5, real_GR=real)
+        assert torch.equal(prices, dual_prices(score[real][None], 2, capacity, 5))
 
 
 def test_prices_balance_plain_top_k() -> None:
