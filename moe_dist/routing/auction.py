@@ -61,19 +61,21 @@ def complete(
         held_GRC: what is given already, at most `per_row` in a row and `capacity` in a column, nothing in padding rows.
 
     Raises:
-        FloatingPointError: nothing can be placed because scores are not finite.
+        FloatingPointError: some value is not finite.
     """
-    step, total_before = _propose, -1
+    infinite = (~value_GRC.isfinite()).sum()
+    total_before = None
     while True:
         lacking_GR = per_row * real_GR - held_GRC.sum(2)
         room_GC = capacity - held_GRC.sum(1)
         spare_G = room_GC.sum(1) - lacking_GR.sum(1)
-        num_rows, total, spare = torch.stack([(lacking_GR > 0).sum(1).max(), lacking_GR.sum(), spare_G.min()]).tolist()
+        numbers = (lacking_GR > 0).sum(1).max(), lacking_GR.sum(), spare_G.min(), infinite
+        num_rows, total, spare, num_infinite = torch.stack(numbers).tolist()
         assert spare >= 0, f"capacity {capacity} of {held_GRC.shape[2]} columns is too little for {per_row} of each row"
+        if num_infinite:
+            raise FloatingPointError(f"routing: {num_infinite} scores (less prices) are not finite")
         if total == 0:
             return held_GRC
-        if total == total_before and step is _swap:
-            raise FloatingPointError("routing scores are not finite")
         step = _swap if total == total_before else _propose
         held_GRC = step(value_GRC, held_GRC, lacking_GR, room_GC, num_rows)
         total_before = total

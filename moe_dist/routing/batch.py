@@ -39,7 +39,7 @@ class BatchRouter(Router):
 
     def choose(self, logits_TE: torch.Tensor, scores_TE: torch.Tensor, tokens: Tokens, counts: bool) -> Choice:
         """See Router."""
-        affinity_TE = self.affinity(logits_TE, scores_TE).nan_to_num()
+        affinity_TE = self.affinity(logits_TE, scores_TE).nan_to_num(0.0, 0.0, 0.0)  # the step is skipped then
         if not (self.training or self.as_trained):
             return self.choose_causally(affinity_TE)
         real_T = None if tokens.padding_T is None else ~tokens.padding_T
