@@ -26,6 +26,7 @@ setup(
             "pytest",
             "ruff",
             "transformers",
+            'triton; platform_system == "Linux"',
             "types-PyYAML",
         ],
     },

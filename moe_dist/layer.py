@@ -3,7 +3,7 @@
 Shape letters: T tokens on this rank, H hidden, R rows received by this rank's experts.
 """
 
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 
 import torch
 import torch.distributed as dist
@@ -12,11 +12,15 @@ from torch import nn
 from moe_dist.config.routing import RoutingConfig
 from moe_dist.config.routing_checks import check_routing
 from moe_dist.config.schema import MoEConfig
-from moe_dist.dispatch import AllToAllDispatcher
+from moe_dist.dispatch import AllToAllDispatcher, to_slices
+from moe_dist.dispatch.exchange import Exchange
+from moe_dist.dispatch.types import Journey
 from moe_dist.experts import Experts, FeedForward
+from moe_dist.experts.journey import Stage, untimed
 from moe_dist.initial import draw_normal
-from moe_dist.placement import ExpertMap
-from moe_dist.routing import Tokens, build_router
+from moe_dist.parallel.traffic import counting
+from moe_dist.placement import WIDTH_DIMENSION, ExpertMap
+from moe_dist.routing import Routing, Tokens, build_router
 from moe_dist.routing.balance import is_recomputation
 from moe_dist.routing.losses import attach_losses
 from moe_dist.telemetry.recorder import LayerRecorder
@@ -38,6 +42,9 @@ class MoELayer(nn.Module):
         data_parallel_group: dist.ProcessGroup | None = None,
         expert_map: ExpertMap | None = None,
         vocab_size: int | None = None,
+        expert_tensor: int = 1,
+        exchange: Exchange | None = None,
+        num_chunks: int = 1,
     ) -> None:
         """Build the layer; weights are the same for every layout (see `initialise`).
 
@@ -48,34 +55,62 @@ class MoELayer(nn.Module):
             expert_parallel_group: ranks over which the experts are spread; None: all are here.
             data_parallel_group: all ranks that hold different tokens, for decisions and statistics over all of them.
                 Default: expert_parallel_group.
-            expert_map: which rank owns which expert; default contiguous blocks.
+            expert_map: which rank owns which expert; default contiguous blocks. With expert_tensor above 1, consecutive
+                ranks of the group count as one.
             vocab_size: token ids are 0 to this less 1; only routing.method: hash needs it.
+            expert_tensor: slices of each expert, on as many consecutive ranks of the group.
+            exchange: brings tokens to the node or rank of their experts before they are dispatched there (see
+                moe_dist.dispatch.exchange). Default: one all-to-all over the whole group.
+            num_chunks: see `set_num_chunks`.
 
         Raises:
-            ValueError: if the routing does not fit the experts, or the group does not divide them and no map is given.
+            ValueError: if the routing does not fit the experts, the group does not divide them and no map is given, or
+                expert_tensor does not divide the group and the FFN width.
         """
         super().__init__()
         check_routing(routing, moe.num_experts)
         ranks = dist.get_world_size(expert_parallel_group) if expert_parallel_group is not None else 1
         rank = dist.get_rank(expert_parallel_group) if expert_parallel_group is not None else 0
-        self.expert_map = expert_map or ExpertMap.contiguous(moe.num_experts, ranks)
-        if self.expert_map.num_experts != moe.num_experts or len(self.expert_map.experts_of_rank) != ranks:
+        if ranks % expert_tensor or moe.ffn_size % expert_tensor:
+            raise ValueError(
+                f"expert_tensor: {expert_tensor} must divide the {ranks} ranks of expert_parallel_group and "
+                f"moe.ffn_size = {moe.ffn_size}"
+            )
+        owners = ranks // expert_tensor
+        self.expert_map = expert_map or ExpertMap.contiguous(moe.num_experts, owners)
+        if self.expert_map.num_experts != moe.num_experts or len(self.expert_map.experts_of_rank) != owners:
+            by_slices = f", by {expert_tensor} slices" if expert_tensor > 1 else ""
             raise ValueError(
                 f"expert_map: places {self.expert_map.num_experts} experts on {len(self.expert_map.experts_of_rank)} ranks; "
-                f"it must place moe.num_experts = {moe.num_experts} on the {ranks} ranks of expert_parallel_group"
+                f"it must place moe.num_experts = {moe.num_experts} on the {owners} ranks of expert_parallel_group{by_slices}"
             )
-        self.own_experts = self.expert_map.experts_of_rank[rank]
+        self.own_experts = self.expert_map.experts_of_rank[rank // expert_tensor]
+        self.num_slices, self.own_slice = expert_tensor, rank % expert_tensor
         self.routing = routing
         all_tokens_group = data_parallel_group or expert_parallel_group
         self.router = build_router(hidden_size, moe.num_experts, routing, all_tokens_group, vocab_size)
-        self.dispatcher = AllToAllDispatcher(self.expert_map, expert_parallel_group)
-        self.experts = Experts(hidden_size, moe, len(self.own_experts))
+        self.exchange = exchange
+        self.expert_parallel_group = expert_parallel_group
+        self.set_num_chunks(num_chunks)
+        slice_of_moe = moe.model_copy(update={"ffn_size": moe.ffn_size // expert_tensor})
+        self.experts = Experts(hidden_size, slice_of_moe, len(self.own_experts))
         self.shared: FeedForward | None = None
         if moe.num_shared_experts:
             width = moe.num_shared_experts * moe.ffn_size
             self.shared = FeedForward(hidden_size, width, moe.activation, moe.shared_gate)
         self.recorder: LayerRecorder | None = None
         self.initialise(seed=0, name="moe")
+
+    def set_num_chunks(self, num_chunks: int) -> None:
+        """Divide each rank's experts into chunks, so that the rows of one travel while those of another are computed.
+
+        The results are the same bits for any number.
+        """
+        expert_map, group = self.expert_map.sliced(self.num_slices), self.expert_parallel_group
+        if self.exchange is not None:
+            expert_map, group = self.exchange.inner_map, self.exchange.inner_group
+        device = next(self.router.buffers()).device
+        self.dispatcher = AllToAllDispatcher(expert_map, group, num_chunks).to(device)
 
     def forward(self, hidden: torch.Tensor, tokens: Tokens | None = None) -> torch.Tensor:
         """[B, S, H] or [T, H] -> the same shape.
@@ -87,28 +122,59 @@ class MoELayer(nn.Module):
         hidden_TH = hidden.reshape(-1, hidden.shape[-1])
         tokens = tokens or Tokens(num_sequences=max(1, hidden.shape[0]) if hidden.dim() == 3 else 1)
         recorder = self.recorder if self.training and not is_recomputation() else None
-        with _stage(recorder, "route"):
+        stage = untimed if recorder is None else recorder.stage
+        with stage("route"):
             routing = self.router(hidden_TH, tokens)
             routing = attach_losses(routing, tokens.share)
+            if self.num_slices > 1:
+                routing = to_slices(routing, self.num_slices)
         input_TH = _to_compute_dtype(hidden_TH)
-        with _stage(recorder, "dispatch"):
-            rows_RH, segments, ticket = self.dispatcher.dispatch(input_TH, routing)
-        with _stage(recorder, "experts"):
-            rows_RH = self.experts(rows_RH, segments)
-        with _stage(recorder, "combine"):
-            out_TH = self.dispatcher.combine(rows_RH, ticket)
-        if self.shared is not None:
-            out_TH = out_TH + self.shared(input_TH)
+        shared = _Meanwhile(self.shared, input_TH)
+        with nullcontext() if recorder is None else counting(recorder.ranks_per_node) as traffic:
+            out_TH, journey = self._travel(input_TH, routing, stage, shared)
+        if shared.out_TH is not None:
+            out_TH = out_TH + shared.out_TH
         if routing.identity_weight_T is not None:
             out_TH = out_TH + input_TH * routing.identity_weight_T.to(input_TH.dtype)[:, None]
         if recorder is not None:
-            row_bytes = rows_RH.shape[1] * rows_RH.element_size()
-            recorder.add_rows(segments.experts, segments.sizes, ticket.send, ticket.receive, row_bytes)
+            segments, row_bytes = journey.segments, input_TH.shape[1] * input_TH.element_size()
+            recorder.add_rows(segments.experts, segments.sizes, journey.send, journey.receive, row_bytes)
+            assert traffic is not None
+            recorder.bytes_between_nodes += traffic.between_nodes.total()
             recorder.add_losses(routing.losses, tokens.share)
         return out_TH.view(hidden.shape)
 
+    def _travel(
+        self, input_TH: torch.Tensor, routing: Routing, stage: Stage, meanwhile: "_Meanwhile"
+    ) -> tuple[torch.Tensor, Journey]:
+        """[T, H] to the node of their experts where there is an exchange, to the experts, and back."""
+        if self.exchange is None:
+            return self._apply_experts(input_TH, routing, stage, meanwhile)
+        with stage("dispatch"):
+            hidden_UH, routing_U, ticket = self.exchange.send(input_TH, routing)
+        out_UH, journey = self._apply_experts(hidden_UH, routing_U, stage, meanwhile)
+        with stage("combine"):
+            return self.exchange.bring_back(out_UH, ticket), journey
+
+    def _apply_experts(
+        self, input_TH: torch.Tensor, routing: Routing, stage: Stage, meanwhile: "_Meanwhile"
+    ) -> tuple[torch.Tensor, Journey]:
+        """[T, H] dispatch, experts and combine: as one function where the backend can, else one after the other."""
+        fused = self.experts.backend(input_TH).kernels is not None and not torch.compiler.is_compiling()
+        if fused and routing.weight_on == "output":
+            with stage("dispatch"):
+                journey = self.dispatcher.plan(routing, len(input_TH))
+            return self.experts(input_TH, journey, routing.weight_P, stage, meanwhile), journey
+        with stage("dispatch"):
+            rows_RH, segments, ticket = self.dispatcher.dispatch(input_TH, routing)
+        meanwhile()
+        with stage("experts"):
+            rows_RH = self.experts(rows_RH, segments)
+        with stage("combine"):
+            return self.dispatcher.combine(rows_RH, ticket), ticket.journey
+
     def initialise(self, seed: int, name: str, std: float = 0.02, output_std: float | None = None) -> None:
-        """Draw all weights, each from (seed, name, expert): the same for every number of ranks and every expert map.
+        """Draw all weights, each from (seed, name, expert): the same for every number of ranks, every map and any slices.
 
         Args:
             name: prefix of the weights' names, such as `layers.3`.
@@ -119,13 +185,26 @@ class MoELayer(nn.Module):
         self.router.initialise(seed, name)
         for place, expert in enumerate(self.own_experts):
             for key, weight in self.experts.weights_of(place, lambda p: p.data).items():
-                draw_normal(weight, f"{name}.experts.{expert}.{key}", seed, output_std if key == "w_down" else std)
+                part = (WIDTH_DIMENSION[key], self.own_slice, self.num_slices)
+                draw_normal(
+                    weight, f"{name}.experts.{expert}.{key}", seed, output_std if key == "w_down" else std, *part
+                )
         for key, parameter in self.shared.named_parameters() if self.shared is not None else ():
             draw_normal(parameter, f"{name}.shared.{key}", seed, output_std if key.startswith("w_down") else std)
 
 
-def _stage(recorder: LayerRecorder | None, name: str) -> AbstractContextManager[None]:
-    return nullcontext() if recorder is None else recorder.stage(name)
+class _Meanwhile:
+    """What is computed while rows are on their way: the shared experts."""
+
+    def __init__(self, shared: FeedForward | None, input_TH: torch.Tensor) -> None:
+        self.shared, self.input_TH = shared, input_TH
+        self.with_gradients = torch.is_grad_enabled()
+        self.out_TH: torch.Tensor | None = None
+
+    def __call__(self) -> None:
+        if self.shared is not None:
+            with torch.set_grad_enabled(self.with_gradients):  # inside an autograd function they are switched off
+                self.out_TH = self.shared(self.input_TH)
 
 
 def _to_compute_dtype(hidden: torch.Tensor) -> torch.Tensor:

@@ -16,13 +16,15 @@ from torch.utils.checkpoint import checkpoint
 from moe_dist import MoELayer
 from moe_dist.config.routing import CoefficientConfig, LossesConfig, RoutingConfig
 from moe_dist.config.schema import MoEConfig
-from moe_dist.parallel.groups import build_groups
-from moe_dist.placement import ExpertMap
+from moe_dist.dispatch.exchange import Exchange
+from moe_dist.dispatch.hierarchical import HierarchicalExchange
+from moe_dist.parallel.groups import build_groups, build_node_groups
+from moe_dist.placement import WIDTH_DIMENSION, ExpertMap
 from moe_dist.routing import Routing, Tokens
 from moe_dist.routing.balance import sum_over_ranks
 from tests.support.distributed import run_ranks
 
-B, S, H, E, K = 4, 6, 6, 8, 2
+B, S, H, E, K, F = 4, 6, 6, 8, 2, 4
 ALL_ON = {
     "score": "sigmoid",
     "renormalise": True,
@@ -61,6 +63,9 @@ class Layout:
     num_ranks: int
     expert: int
     owners: tuple[int, ...] | None = None
+    expert_tensor: int = 1
+    ranks_per_node: int | None = None
+    """Of hierarchical dispatch; None: flat."""
 
     @property
     def expert_map(self) -> ExpertMap | None:
@@ -75,6 +80,15 @@ LAYOUTS = {
     "expert 4, shuffled": Layout(4, 4, (3, 0, 2, 1, 0, 3, 1, 2)),
     "expert 2, data 2": Layout(4, 2),
     "expert 2, data 2, shuffled": Layout(4, 2, (1, 0, 0, 1, 1, 0, 1, 0)),
+    "slices 2": Layout(2, 1, expert_tensor=2),
+    "slices 4": Layout(4, 1, expert_tensor=4),
+    "slices 2, data 2": Layout(4, 1, expert_tensor=2),
+    "expert 2, slices 2": Layout(4, 2, expert_tensor=2),
+    "expert 2, slices 2, shuffled and unequal": Layout(4, 2, (1, 0, 0, 0, 1, 0, 1, 0), expert_tensor=2),
+    "expert 4, nodes of 2": Layout(4, 4, ranks_per_node=2),
+    "expert 4, nodes of 1, shuffled": Layout(4, 4, (3, 0, 2, 1, 0, 3, 1, 2), ranks_per_node=1),
+    "expert 2, data 2, nodes of 1": Layout(4, 2, (1, 0, 0, 0, 1, 0, 1, 0), ranks_per_node=1),
+    "expert 2, slices 2, nodes of 2": Layout(4, 2, expert_tensor=2, ranks_per_node=2),
 }
 
 
@@ -119,7 +133,7 @@ def make_batch(seed: int = 0, padded: bool = False) -> Batch:
 
 
 def make_layer(case: Case, **groups: Any) -> MoELayer:
-    moe = MoEConfig(**{"num_experts": E, "ffn_size": 5, **case.moe})
+    moe = MoEConfig(**{"num_experts": E, "ffn_size": F, **case.moe})
     routing = RoutingConfig.model_validate({"top_k": K, "init_std": 0.7, **case.routing})
     layer = MoELayer(H, moe, routing, **groups)
     layer.initialise(seed=1, name="layers.0", std=0.5)
@@ -131,8 +145,15 @@ def gradients_by_name(layer: MoELayer) -> dict[str, torch.Tensor]:
     gradients = {name: p.grad for name, p in layer.named_parameters() if not name.startswith("experts.")}
     for place, expert in enumerate(layer.own_experts):
         views = layer.experts.weights_of(place, lambda p: p.grad)
-        gradients |= {f"experts.{expert}.{key}": grad.contiguous() for key, grad in views.items()}
+        gradients |= {f"experts.{expert}.{key}": whole_width(layer, key, grad) for key, grad in views.items()}
     return gradients
+
+
+def whole_width(layer: MoELayer, key: str, part: torch.Tensor) -> torch.Tensor:
+    """A rank's slice of an expert's weight among zeros, so that the sum over slices is whole."""
+    parts = [torch.zeros_like(part) for _ in range(layer.num_slices)]
+    parts[layer.own_slice] = part
+    return torch.cat(parts, WIDTH_DIMENSION[key])
 
 
 def step(layer: MoELayer, batch: Batch, case: Case, share: float = 1, group: dist.ProcessGroup | None = None) -> Result:
@@ -157,14 +178,24 @@ def step(layer: MoELayer, batch: Batch, case: Case, share: float = 1, group: dis
     )
 
 
+def exchange_of(layout: Layout, group: dist.ProcessGroup | None) -> Exchange | None:
+    if layout.ranks_per_node is None:
+        return None
+    expert_map = layout.expert_map or ExpertMap.contiguous(E, layout.expert)
+    node_groups = build_node_groups(group, layout.ranks_per_node)
+    return HierarchicalExchange(expert_map.sliced(layout.expert_tensor), node_groups)
+
+
 def step_of_rank(case: Case, layout: Layout, batch: Batch) -> Result:
-    groups = build_groups(layout.expert, torch.device("cpu"))
+    groups = build_groups(layout.expert, torch.device("cpu"), layout.expert_tensor)
     data = groups.data.get_group()
     layer = make_layer(
         case,
         expert_parallel_group=groups.expert_parallel_group,
         data_parallel_group=data,
         expert_map=layout.expert_map,
+        expert_tensor=layout.expert_tensor,
+        exchange=exchange_of(layout, groups.expert_parallel_group),
     )
     part = batch.part(dist.get_rank(), layout.num_ranks)
     return step(layer, part, case, part.num_tokens / batch.num_tokens, data)
@@ -208,7 +239,7 @@ def test_every_layout_gives_the_same(name: str, layout: str) -> None:
     assert_same(whole(run_ranks(LAYOUTS[layout].num_ranks, step_of_rank, case, LAYOUTS[layout], batch)), alone)
 
 
-@pytest.mark.parametrize("layout", ["data 2", "expert 2", "expert 4"])
+@pytest.mark.parametrize("layout", ["data 2", "expert 2", "expert 4", "expert 2, slices 2"])
 @pytest.mark.parametrize("name", ["dropless", "global loss", "packed capacity", "padded capacity"])
 def test_another_number_of_real_tokens_on_each_rank(name: str, layout: str) -> None:
     """Of four ranks, one has nothing but padding. Losses are weighted by each rank's share of the real tokens."""
@@ -394,23 +425,28 @@ def weights_by_name(layer: MoELayer) -> dict[str, torch.Tensor]:
     weights = {name: p.detach().clone() for name, p in layer.named_parameters() if not name.startswith("experts.")}
     for place, expert in enumerate(layer.own_experts):
         views = layer.experts.weights_of(place, lambda p: p.detach())
-        weights |= {f"experts.{expert}.{key}": view.clone() for key, view in views.items()}
+        weights |= {f"experts.{expert}.{key}": whole_width(layer, key, view) for key, view in views.items()}
     return weights
 
 
 def weights_of_rank(case: Case, layout: Layout) -> dict[str, torch.Tensor]:
-    groups = build_groups(layout.expert, torch.device("cpu"))
-    group = groups.expert_parallel_group
-    return weights_by_name(make_layer(case, expert_parallel_group=group, expert_map=layout.expert_map))
+    group = build_groups(layout.expert, torch.device("cpu"), layout.expert_tensor).expert_parallel_group
+    placement = {"expert_map": layout.expert_map, "expert_tensor": layout.expert_tensor}
+    return weights_by_name(make_layer(case, expert_parallel_group=group, **placement))
 
 
-@pytest.mark.parametrize("layout", ["expert 2, shuffled and unequal", "expert 4"])
+@pytest.mark.parametrize(
+    "layout", ["expert 2, shuffled and unequal", "expert 4", "slices 4", "expert 2, slices 2, shuffled and unequal"]
+)
 def test_initial_weights_do_not_depend_on_the_layout(layout: str) -> None:
     case = Case(SHARED, {})
     alone = weights_by_name(make_layer(case))
     joined: dict[str, torch.Tensor] = {}
     for weights in run_ranks(LAYOUTS[layout].num_ranks, weights_of_rank, case, LAYOUTS[layout]):
-        joined |= weights
+        parts = {
+            name: joined[name] + w for name, w in weights.items() if name.startswith("experts.") and name in joined
+        }
+        joined |= weights | parts
     assert joined.keys() == alone.keys()
     assert all(torch.equal(joined[name], weight) for name, weight in alone.items())
 
@@ -466,6 +502,13 @@ def test_a_map_must_place_all_experts() -> None:
         ValueError, match=r"expert_map: places 2 experts on 1 ranks; it must place moe.num_experts = 4 .*"
     ):
         MoELayer(8, MoEConfig(num_experts=4, ffn_size=8), RoutingConfig(), expert_map=ExpertMap.contiguous(2, 1))
+
+
+@pytest.mark.parametrize("slices", [2, 5])
+def test_slices_must_divide_the_group_and_the_width(slices: int) -> None:
+    message = rf"expert_tensor: {slices} must divide the 1 ranks of expert_parallel_group and moe\.ffn_size = 8"
+    with pytest.raises(ValueError, match=message):
+        MoELayer(8, MoEConfig(num_experts=4, ffn_size=8), RoutingConfig(), expert_tensor=slices)
 
 
 def test_the_output_may_be_changed_in_place() -> None:

@@ -28,7 +28,7 @@ def config(config: ConfigFile, overrides: Overrides = None, ranks: Ranks = None)
     parts = (
         dump_config(resolved).rstrip(),
         _batch(resolved, layout),
-        _layout(layout),
+        _layout(resolved, layout),
         _experts(resolved, layout),
         _parameters(resolved),
         _routing(resolved.routing),
@@ -47,15 +47,26 @@ def _batch(config: Config, layout: Layout) -> str:
     )
 
 
-def _layout(layout: Layout) -> Table:
+def _layout(config: Config, layout: Layout) -> Table:
     table = _table(f"Layout of {layout.num_ranks} ranks", "", "size", "groups of ranks")
     table.add_row("data parallel", str(layout.data), _groups([list(range(layout.data))]))
-    table.add_row("expert parallel", str(layout.expert), _groups(layout.expert_groups()))
+    slices = layout.expert_tensor
+    size = f"{layout.expert} x {slices}" if slices > 1 else str(layout.expert)
+    table.add_row("expert parallel", size, _groups(layout.expert_groups()))
+    if config.parallel.dispatch == "hierarchical":
+        node, groups = config.parallel.ranks_per_node, layout.expert_groups()
+        inside = [group[i : i + node] for group in groups for i in range(0, len(group), node)] if node else []
+        between = [group[i::node] for group in groups for i in range(node)] if node else []
+        table.add_row("  inside a node", str(node or "as launched"), _groups(inside))
+        table.add_row("  between nodes", str(len(groups[0]) // node if node else "as launched"), _groups(between))
+    if slices > 1:
+        table.add_row("expert tensor parallel", str(slices), _groups(layout.expert_tensor_groups()))
     table.add_row("expert data parallel", str(layout.expert_data), _groups(layout.expert_data_groups()))
     return table
 
 
 def _experts(config: Config, layout: Layout) -> Table:
+    slices = layout.expert_tensor
     table = _table("Owners of the experts", "expert-parallel rank", "ranks", "experts")
     owners, groups = owner_of_expert(config), layout.expert_data_groups()
     for place in _abbreviated(range(layout.expert)):
@@ -63,7 +74,8 @@ def _experts(config: Config, layout: Layout) -> Table:
             table.add_row("...", "...", "...")
         else:
             experts = [expert for expert, owner in enumerate(owners) if owner == place]
-            table.add_row(str(place), _numbers(groups[place]), _numbers(experts))
+            ranks = sorted(rank for group in groups[place * slices : (place + 1) * slices] for rank in group)
+            table.add_row(str(place), _numbers(ranks), _numbers(experts))
     return table
 
 

@@ -5,12 +5,14 @@ from functools import reduce
 from pathlib import Path
 from typing import Any
 
+from moe_dist.config.backends import LIMITS, backend_problem
+from moe_dist.config.deepep import deepep_problems, most_choices
 from moe_dist.config.errors import ConfigError, show
 from moe_dist.config.layout import fewest_ranks, layout_of, moe_layers
 from moe_dist.config.methods import METHODS
 from moe_dist.config.routing import SequenceGroup
 from moe_dist.config.routing_checks import routing_problems
-from moe_dist.config.schema import BYTE_VOCABULARY, Config, DataConfig
+from moe_dist.config.schema import BYTE_VOCABULARY, MOST_EXPERTS, Config, DataConfig
 from moe_dist.config.support import ENGINES, IMPLEMENTED, SUPPORT, engines_offering
 
 
@@ -22,6 +24,8 @@ def check(config: Config, num_ranks: int | None = None) -> None:
         *routing_problems(config.routing, config.moe.num_experts),
         *_data(config),
         *_training(config),
+        *_backend(config),
+        *_dispatch(config),
         *_without_effect(config),
     ]
     problems = problems or list(_ranks(config, num_ranks))  # the arithmetic of ranks presumes that the rest is right
@@ -102,8 +106,42 @@ def _training(config: Config) -> Iterator[str]:
             f"training.evaluation.tokens: {evaluation.tokens} is less than one sequence; "
             f"use at least training.sequence_length = {training.sequence_length}"
         )
-    if training.precision == "float64" and config.moe.backend == "grouped_mm":
+
+
+def _backend(config: Config) -> Iterator[str]:
+    backend, precision, slices = config.moe.backend, config.training.precision, config.parallel.expert_tensor
+    if backend == "grouped_mm" and precision == "float64":
         yield "moe.backend: grouped_mm does not compute in training.precision: float64; use auto, cpu or loop"
+    if backend in LIMITS and config.moe.ffn_size % slices == 0:
+        on_gpu = "bfloat16" if precision == "auto" else precision
+        widths = config.model.hidden_size, config.moe.ffn_size // slices
+        if problem := backend_problem(backend, on_gpu, config.moe.activation, widths):
+            yield f"moe.backend: {backend}: {problem}"
+    if config.moe.recompute == "experts" and backend not in ("auto", "cpu", "grouped_mm"):
+        yield (
+            f"moe.recompute: experts needs moe.backend: cpu or grouped_mm, not {backend}; use one of them, "
+            "or moe.recompute: activation"
+        )
+
+
+def _dispatch(config: Config) -> Iterator[str]:
+    parallel, routing, precision = config.parallel, config.routing, config.training.precision
+    ranks, size = parallel.expert * parallel.expert_tensor, parallel.ranks_per_node
+    if ranks == 1:
+        return  # parallel.dispatch has no effect
+    if parallel.dispatch == "hierarchical" and size and (ranks % size or ranks == size):
+        yield (
+            f"parallel.ranks_per_node: {size} does not divide the {ranks} ranks of an expert-parallel group "
+            "into two or more nodes; use a smaller divisor, or parallel.dispatch: flat"
+        )
+    if parallel.dispatch == "deepep":
+        yield from deepep_problems(config.model.hidden_size, ranks, most_choices(config))
+        if precision in ("float32", "float64"):
+            yield f"parallel.dispatch: deepep moves bfloat16, not training.precision: {precision}; use flat or hierarchical"
+        padded = routing.capacity is not None and routing.capacity.pad
+        if padded or (METHODS[routing.method].exact and routing.method != "base"):  # base packs over several ranks
+            cause = "routing.capacity.pad: true" if padded else f"routing.method: {routing.method}"
+            yield f"parallel.dispatch: deepep does not carry the padded slots of {cause}; use flat or hierarchical"
 
 
 def _without_effect(config: Config) -> Iterator[str]:
@@ -114,6 +152,11 @@ def _without_effect(config: Config) -> Iterator[str]:
     """
     optimizer = config.training.optimizer.name
     idle = [
+        (
+            "parallel.expert: 1",
+            config.parallel.expert * config.parallel.expert_tensor == 1,
+            ["parallel.dispatch", "parallel.ranks_per_node", "parallel.overlap_chunks"],
+        ),
         ("moe.num_shared_experts: 0", not config.moe.num_shared_experts, ["moe.shared_gate"]),
         (
             "routing.capacity: null",
@@ -154,7 +197,9 @@ def _ranks(config: Config, num_ranks: int | None) -> Iterator[str]:
         yield f"--ranks: {num_ranks} is not valid; it should be {fewest} or a multiple of it{reason}"
         return
     # The first of these with a problem: each would follow from the one before.
-    yield from list(_expert_map(config)) or list(_batch(config, num_ranks)) or _widths(config, num_ranks)
+    yield from (
+        [*_expert_map(config), *_slices(config)] or list(_batch(config, num_ranks)) or _widths(config, num_ranks)
+    )
 
 
 def _expert_map(config: Config) -> Iterator[str]:
@@ -171,6 +216,17 @@ def _expert_map(config: Config) -> Iterator[str]:
         yield (
             f"parallel.expert_map: has the ranks {', '.join(map(str, sorted(set(owners))))}; with "
             f"parallel.expert = {ranks} it must use each of the ranks 0 to {ranks - 1} and no other"
+        )
+
+
+def _slices(config: Config) -> Iterator[str]:
+    num_slices, moe = config.parallel.expert_tensor, config.moe
+    if moe.ffn_size % num_slices:
+        yield f"parallel.expert_tensor: {num_slices} does not divide moe.ffn_size = {moe.ffn_size}; use a divisor"
+    if moe.num_experts * num_slices > MOST_EXPERTS:
+        yield (
+            f"parallel.expert_tensor: {num_slices} slices of each of moe.num_experts = {moe.num_experts} are more than "
+            f"{MOST_EXPERTS} together; use at most {MOST_EXPERTS // moe.num_experts}"
         )
 
 
@@ -200,10 +256,12 @@ def _widths(config: Config, num_ranks: int) -> Iterator[str]:
     if config.engine.sharding != "full":
         return
     layout = layout_of(config, num_ranks)
-    for key in ("model.hidden_size", "moe.ffn_size"):
+    shards, slices = layout.expert_data, layout.expert_tensor
+    sliced = f" x parallel.expert_tensor = {slices} slices" if slices > 1 else ""
+    for key, parts, over in (("model.hidden_size", shards, ""), ("moe.ffn_size", shards * slices, sliced)):
         width = _value(config.model_dump(), key)
-        if width % layout.expert_data:
+        if width % parts:
             yield (
-                f"{key}: {width} is not a multiple of the {layout.expert_data} ranks over which "
+                f"{key}: {width} is not a multiple of the {shards} ranks{over} over which "
                 "engine.sharding: full spreads each expert; change it, or use engine.sharding: replicate"
             )

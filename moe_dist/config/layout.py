@@ -13,22 +13,31 @@ class Layout:
 
     Expert parallelism folds over the data ranks: consecutive data ranks form an expert-parallel group (each holds other
     experts and other tokens), and the ranks of equal place in these groups form an expert-data group (the same experts).
+    With expert tensor parallelism, consecutive ranks of an expert-parallel group hold slices of the same experts.
     """
 
     num_ranks: int
     data: int
     expert: int
+    expert_tensor: int
     expert_data: int
     micro_batch_size: int
     accumulation_steps: int
 
     def expert_groups(self) -> list[list[int]]:
-        """Ranks of each expert-parallel group."""
-        return [list(range(start, start + self.expert)) for start in range(0, self.data, self.expert)]
+        """Ranks of each expert-parallel group: expert * expert_tensor of them."""
+        size = self.expert * self.expert_tensor
+        return [list(range(start, start + size)) for start in range(0, self.data, size)]
+
+    def expert_tensor_groups(self) -> list[list[int]]:
+        """Ranks of each group that holds the slices of the same experts."""
+        size = self.expert_tensor
+        return [list(range(start, start + size)) for start in range(0, self.data, size)]
 
     def expert_data_groups(self) -> list[list[int]]:
-        """Ranks of each group that holds the same experts."""
-        return [list(range(place, self.data, self.expert)) for place in range(self.expert)]
+        """Ranks of each group that holds the same experts, and the same slice of each."""
+        size = self.expert * self.expert_tensor
+        return [list(range(place, self.data, size)) for place in range(size)]
 
 
 def fewest_ranks(config: Config) -> int:
@@ -47,6 +56,7 @@ def layout_of(config: Config, num_ranks: int | None = None) -> Layout:
         num_ranks=num_ranks,
         data=data,
         expert=parallel.expert,
+        expert_tensor=parallel.expert_tensor,
         expert_data=data // (parallel.expert * parallel.expert_tensor),
         micro_batch_size=micro_batch_size,
         accumulation_steps=training.global_batch_size // (data * micro_batch_size),

@@ -12,6 +12,8 @@ from moe_dist.config.routing import RoutingConfig
 
 BYTE_VOCABULARY = 257
 """256 bytes and the document boundary."""
+MOST_EXPERTS = 32767
+"""Experts, or slices of them, are sorted by 16-bit keys."""
 
 
 class ModelConfig(Section):
@@ -54,7 +56,7 @@ class ModelConfig(Section):
 class MoEConfig(Section):
     """The routed experts and the shared expert of every MoE layer."""
 
-    num_experts: Annotated[int, Field(gt=0, le=32767, strict=True)] = 8
+    num_experts: Annotated[int, Field(gt=0, le=MOST_EXPERTS, strict=True)] = 8
     """Routed experts of a layer, over all ranks."""
     ffn_size: PositiveInt = 704
     """FFN width of one routed expert."""
@@ -64,9 +66,12 @@ class MoEConfig(Section):
     """Experts that every token uses, computed as one FFN of this many times ffn_size."""
     shared_gate: Switch = False
     """Multiply the shared experts' output by sigmoid(x w), as Qwen2-MoE does."""
-    backend: Literal["auto", "loop", "cpu", "grouped_mm"] = "auto"
-    """How experts are computed. loop: plain reference; cpu: per-expert GEMMs into reused buffers;
-    grouped_mm: torch.nn.functional.grouped_mm; auto: cpu on CPUs, grouped_mm on GPUs."""
+    backend: Literal["auto", "loop", "cpu", "grouped_mm", "transformer_engine", "sonic", "fp8"] = "auto"
+    """How experts are computed. loop: plain reference; cpu: GEMMs expert by expert, with the rest done in cache;
+    grouped_mm: torch.nn.functional.grouped_mm; auto: cpu on CPUs, grouped_mm on GPUs. Optional, on some GPUs
+    (docs/backends.md): transformer_engine, sonic: those packages; fp8: torch's scaled grouped GEMM."""
+    recompute: Literal["activation", "experts"] = "activation"
+    """What backward computes again. activation: keep the first GEMM's output; experts: keep nothing, repeat that GEMM."""
 
 
 class ParallelConfig(Section):
@@ -75,11 +80,21 @@ class ParallelConfig(Section):
     expert: PositiveInt = 1
     """Ranks over which the experts of a layer are spread."""
     expert_tensor: PositiveInt = 1
-    """Ranks over which the FFN width of one expert is split."""
+    """Ranks over which the FFN width of one expert is split: expert x expert_tensor ranks then share the experts of a layer."""
     tensor: PositiveInt = 1
     """Ranks over which attention and dense layers are split."""
     pipeline: PositiveInt = 1
     """Pipeline stages."""
+    dispatch: Literal["flat", "hierarchical", "deepep"] = "flat"
+    """How tokens reach the ranks of their experts. flat: one all-to-all over the expert-parallel group, a row for each expert
+    of a token; hierarchical: between nodes first, where a token crosses once for each node that has experts of it, then
+    inside the node; deepep: by DeepEP's kernels (CUDA, bfloat16, dropless routing; not run on hardware)."""
+    ranks_per_node: PositiveInt | None = None
+    """Consecutive ranks that share a node, for dispatch: hierarchical and the records of bytes between nodes. Default: as many
+    as the launcher started on a node."""
+    overlap_chunks: PositiveInt | Literal["auto"] = 1
+    """Parts into which a rank's experts are divided, so that the rows of one part travel while those of another are
+    computed. Results are the same bits for any number. auto: 1, 2 or 4, whichever is fastest at the start of the run."""
     expert_map: list[NonNegativeInt] | None = None
     """For each expert the expert-parallel rank that owns it. Default: contiguous equal blocks."""
 

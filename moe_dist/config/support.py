@@ -12,7 +12,7 @@ SUPPORT: dict[str, dict[str, str]] = {
     # key                         engine -> "" where any value works, else why only 1 does
     "parallel.expert": {"native": "", "deepspeed": "", "megatron": ""},
     "parallel.expert_tensor": {
-        "native": "it does not split the FFN width of an expert",
+        "native": "",
         "deepspeed": "DeepSpeed's expert groups carry no expert tensor parallelism here",
         "megatron": "",
     },

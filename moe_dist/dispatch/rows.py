@@ -1,10 +1,12 @@
 """Tokens <-> slots of the send buffer: two autograd functions, each the transpose of the other.
 
 Neither makes a K-fold tensor beyond the buffer itself, and both are deterministic: sums run over a token's pairs in order.
+Vacant pairs (see moe_dist.routing.types) are those of token T: they get no row, no sum and no gradient.
 
 Shape letters: T tokens, H hidden, P pairs in token order, W slots in the send buffer.
 """
 
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -31,7 +33,7 @@ class _TokensToSlots(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None]:
-        return _weighted_sum(grads[0], None, ctx.plan), None
+        return weighted_sum(grads[0], None, ctx.plan), None
 
 
 class _SlotsToTokens(torch.autograd.Function):
@@ -39,7 +41,7 @@ class _SlotsToTokens(torch.autograd.Function):
     def forward(ctx: Any, rows_WH: torch.Tensor, weight_P: torch.Tensor | None, plan: Plan) -> torch.Tensor:
         ctx.plan = plan
         ctx.save_for_backward(rows_WH, weight_P)
-        return _weighted_sum(rows_WH, weight_P, plan)
+        return weighted_sum(rows_WH, weight_P, plan)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None, None]:
@@ -49,8 +51,8 @@ class _SlotsToTokens(torch.autograd.Function):
         if weight_P is None:
             return grad_WH, None, None
         dot_W = (grad_WH * rows_WH).sum(1, dtype=weight_P.dtype)
-        weight_W = weight_P.new_zeros(plan.token_W.shape[0]).scatter_(0, plan.slot_P, weight_P)
-        return grad_WH.mul_(weight_W.to(grad_WH.dtype)[:, None]), dot_W[plan.slot_P], None
+        weight_W = slot_weights(weight_P, plan)
+        return grad_WH.mul_(weight_W.to(grad_WH.dtype)[:, None]), of_pairs(dot_W, plan), None
 
 
 def _gather(hidden_TH: torch.Tensor, plan: Plan) -> torch.Tensor:
@@ -60,12 +62,40 @@ def _gather(hidden_TH: torch.Tensor, plan: Plan) -> torch.Tensor:
     return rows_WH if plan.empty_W is None else rows_WH.masked_fill_(plan.empty_W[:, None], 0)
 
 
-def _weighted_sum(rows_WH: torch.Tensor, weight_P: torch.Tensor | None, plan: Plan) -> torch.Tensor:
+def slot_weights(weight_P: torch.Tensor, plan: Plan) -> torch.Tensor:
+    """[W] the weight of each slot's pair, 0 where the slot is empty."""
+    zero_W = weight_P.new_zeros(plan.token_W.shape[0])
+    if plan.vacant_P is None:
+        return zero_W.scatter(0, plan.slot_P, weight_P)
+    return zero_W.scatter_add(0, plan.slot_P, weight_P.masked_fill(plan.vacant_P, 0))
+
+
+def of_pairs(value_Q: torch.Tensor, plan: Plan) -> torch.Tensor:
+    """[P] the value at each pair's place, 0 for vacant pairs."""
+    value_P = value_Q[plan.slot_P]
+    return value_P if plan.vacant_P is None else value_P.masked_fill_(plan.vacant_P, 0)
+
+
+def weighted_sum(rows_WH: torch.Tensor, weight_P: torch.Tensor | None, plan: Plan) -> torch.Tensor:
+    """`slots_to_tokens` without autograd."""
     if plan.slot_P.numel() == 0:
         return rows_WH.new_zeros(plan.num_tokens, rows_WH.shape[1])
     # Sums in the dtype of the weights: bfloat16 rows with float32 weights are added up in float32.
     dtype = rows_WH.dtype if weight_P is None else torch.promote_types(rows_WH.dtype, weight_P.dtype)
-    first_T = torch.searchsorted(plan.token_P, torch.arange(plan.num_tokens, device=plan.token_P.device))
+    # One more bag, which is cut off, takes the vacant pairs.
+    first_T1 = torch.searchsorted(plan.token_P, torch.arange(plan.num_tokens + 1, device=plan.token_P.device))
     weight_P = weight_P if weight_P is None else weight_P.to(dtype)
-    sum_TH = embedding_bag(plan.slot_P, rows_WH.to(dtype), first_T, mode="sum", per_sample_weights=weight_P)
+    sum_TH = embedding_bag(plan.slot_P, rows_WH.to(dtype), first_T1, mode="sum", per_sample_weights=weight_P)
+    sum_TH.resize_(plan.num_tokens, rows_WH.shape[1])  # not a view, which could not be changed in place later
     return sum_TH.to(rows_WH.dtype)
+
+
+def gather_rows(rows_TH: torch.Tensor, index_W: torch.Tensor, out_WH: torch.Tensor) -> torch.Tensor:
+    """Rows by index into a buffer, without autograd; rows of no meaning where there are no tokens."""
+    return torch.index_select(rows_TH, 0, index_W, out=out_WH) if len(rows_TH) else out_WH.zero_()
+
+
+def blocks(sizes: list[int]) -> list[slice]:
+    """Consecutive blocks of these sizes."""
+    ends = list(accumulate(sizes))
+    return [slice(end - size, end) for size, end in zip(sizes, ends, strict=True)]

@@ -3,7 +3,9 @@
 Shape letters: T tokens on this rank, P pairs, W slots in the send buffer, R rows received.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 import torch.distributed as dist
@@ -18,6 +20,21 @@ class Segments:
     experts: list[int]
     """For each segment the place of its expert in this rank's weight stack."""
 
+    def starts(self) -> list[int]:
+        """The first row of each segment."""
+        return [0, *accumulate(self.sizes)][:-1]
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """What one all-to-all each way moves: the rows of some of each rank's experts."""
+
+    send: list[int]
+    """Slots for each rank of the group, consecutive in the send buffer."""
+    receive: list[int]
+    """Rows from each rank of the group."""
+    segments: Segments
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -27,22 +44,55 @@ class Plan:
     token_P: torch.Tensor
     """int64: the token of each pair, in token order."""
     slot_P: torch.Tensor
-    """int64: its place in the send buffer."""
+    """int64: its place in the send buffer; 0 for vacant pairs."""
     token_W: torch.Tensor
     """int64: the token whose row stands at each slot (any token where the slot is empty)."""
     empty_W: torch.Tensor | None = None
     """bool: slots without a pair; None if there are none."""
+    vacant_P: torch.Tensor | None = None
+    """bool: vacant pairs; None if there are none."""
+
+
+@dataclass(frozen=True)
+class Journey:
+    """A plan, and which of its slots go to which rank."""
+
+    plan: Plan
+    group: dist.ProcessGroup | None
+    """None: all experts are here."""
+    finish: Callable[[], list[Chunk]]
+    """Waits until the other ranks have told how many rows they send."""
+
+    @property
+    def chunks(self) -> list[Chunk]:
+        """In the order of the send buffer. The first use waits for the counts of the other ranks."""
+        return self.finish()
+
+    @property
+    def send(self) -> list[int]:
+        """Slots for each rank of the group."""
+        return _total([chunk.send for chunk in self.chunks])
+
+    @property
+    def receive(self) -> list[int]:
+        """Rows from each rank of the group."""
+        return _total([chunk.receive for chunk in self.chunks])
+
+    @property
+    def segments(self) -> Segments:
+        """Of all chunks."""
+        parts = [chunk.segments for chunk in self.chunks]
+        return Segments([n for part in parts for n in part.sizes], [e for part in parts for e in part.experts])
 
 
 @dataclass(frozen=True)
 class Ticket:
     """What `combine` needs to bring the rows of one `dispatch` back."""
 
-    plan: Plan
+    journey: Journey
     weight_P: torch.Tensor | None
     """Weights for the output; None if they were applied to the input."""
-    send: list[int]
-    """Slots for each rank of the group."""
-    receive: list[int]
-    """Rows from each rank of the group."""
-    group: dist.ProcessGroup | None
+
+
+def _total(rows: list[list[int]]) -> list[int]:
+    return [sum(column) for column in zip(*rows, strict=True)]

@@ -18,6 +18,7 @@ from torch.utils.hooks import RemovableHandle
 
 from moe_dist.config import Config, Layout
 from moe_dist.config.layout import owner_of_expert
+from moe_dist.dispatch.exchange import build_exchange
 from moe_dist.engines.batch import IGNORED, Batch
 from moe_dist.engines.optimizer import (
     build_optimizer,
@@ -27,9 +28,11 @@ from moe_dist.engines.optimizer import (
     squared_norm,
     take_gradients,
 )
+from moe_dist.engines.overlap import choose_num_chunks
 from moe_dist.engines.sharding import distribute
 from moe_dist.engines.state import create_moments, engine_state
 from moe_dist.model import Transformer
+from moe_dist.parallel.environment import ranks_of_a_node
 from moe_dist.parallel.groups import build_groups
 from moe_dist.placement import ExpertMap
 from moe_dist.routing import Routing
@@ -66,22 +69,29 @@ class NativeEngine:
 
     def __init__(self, config: Config, layout: Layout, device: torch.device, vocab_size: int) -> None:
         self.config, self.layout, self.device = config, layout, device
-        self.groups = build_groups(layout.expert, device)
+        self.groups = build_groups(layout.expert, device, layout.expert_tensor)
         self.data_rank = self.groups.data_rank
         self._all_ranks = dist.group.WORLD if layout.data > 1 else None
         self.precision = resolve_precision(config.training.precision, device)
+        overlap_chunks = config.parallel.overlap_chunks
+        expert_map, group = ExpertMap.from_owners(owner_of_expert(config)), self.groups.expert_parallel_group
         self.model = Transformer(
             config,
             vocab_size,
-            self.groups.expert_parallel_group,
+            group,
             self._all_ranks,
-            ExpertMap.from_owners(owner_of_expert(config)),
+            expert_map,
+            layout.expert_tensor,
+            build_exchange(config, expert_map.sliced(layout.expert_tensor), group),
+            1 if overlap_chunks == "auto" else overlap_chunks,
         ).to(device, torch.float64 if self.precision == "float64" else torch.float32)
         if config.model.compile:
             for block in self.model.blocks():
                 for part in (block.attention, block.ffn):
                     if part is not None:
                         part.compile()
+        if overlap_chunks == "auto":
+            self._choose_num_chunks(vocab_size)
         self._sharded = distribute(self.model, self.groups, config.engine)
         self.parameters = local_parameters(self.model)
         self.optimizer = build_optimizer(self.parameters, config.training.optimizer)
@@ -89,9 +99,19 @@ class NativeEngine:
         self.routers = [layer.router for layer in self.model.moe_layers.values()]
         for router in self.routers:
             router.tolerates_nonfinite = True  # train_step skips such a step, and first_nonfinite names the layer
-        self.recorders = {number: LayerRecorder(device) for number in self.model.moe_layers}
+        node = ranks_of_a_node(config.parallel.ranks_per_node)
+        self.recorders = {number: LayerRecorder(device, node) for number in self.model.moe_layers}
         for number, layer in self.model.moe_layers.items():
             layer.recorder = self.recorders[number]
+
+    def _choose_num_chunks(self, vocab_size: int) -> None:
+        training, layers = self.config.training, list(self.model.moe_layers.values())
+        sequences = training.micro_batch_size or training.global_batch_size // self.layout.data
+        chosen = choose_num_chunks(
+            layers[0], sequences, training.sequence_length, vocab_size, self.precision == "bfloat16"
+        )
+        for layer in layers:
+            layer.set_num_chunks(chosen)
 
     def state(self) -> dict[str, torch.Tensor]:
         """What a checkpoint holds, by global name; see moe_dist.engines.state."""

@@ -2,8 +2,8 @@
 
 Dense parameters are shared by all data ranks, experts by the ranks of the expert-data group. The loss of each rank is
 already divided by the targets of the whole step, so gradients are summed, not averaged: over the data ranks for dense
-parameters, over the expert-data ranks for experts, whose tokens of the expert-parallel group have reached them by
-all-to-all.
+parameters, over the expert-data ranks for experts (or slices of them), whose tokens of the expert-parallel group have reached
+them by all-to-all.
 """
 
 from torch import nn
@@ -19,6 +19,7 @@ from moe_dist.parallel.groups import ParallelGroups
 
 def distribute(model: Transformer, groups: ParallelGroups, engine: EngineConfig) -> list[FSDPModule]:
     """Shard or replicate the model in place; gradients are then reduced as backward runs. Returns the wrapped modules."""
+    model.same_experts = groups.same_experts
     if groups.data.size() == 1:
         return []
     wrap = _shard if engine.sharding == "full" else replicate

@@ -2,29 +2,27 @@
 
     compute(rows_RH, segments, w_in_LHG, w_out_LFH, activation) -> rows_RH
 
+is differentiable by torch. A backend with kernels of its own (forward and backward written out) also takes part in the
+fused journey of moe_dist.experts.journey.
+
 Shape letters: R rows, H hidden, L experts on this rank, F FFN width, G width of the first GEMM (2F for SwiGLU: gate
 columns, then up columns; F for GELU).
 """
 
 from collections.abc import Callable
-from typing import Literal
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch.nn import functional
 
 from moe_dist.dispatch.types import Segments
-from moe_dist.experts.cpu import compute_cpu
+from moe_dist.experts import cpu, fp8, sonic, transformer_engine, whole
+from moe_dist.experts.grouped import activate, compute_by_product, group_ends
+from moe_dist.experts.types import Activation, Incoming, Kernels, Result, Rows, WeightGradients, Weights
 
-Activation = Literal["swiglu", "gelu"]
 Compute = Callable[[torch.Tensor, Segments, torch.Tensor, torch.Tensor, Activation], torch.Tensor]
-
-
-def activate(pre_RG: torch.Tensor, activation: Activation) -> torch.Tensor:
-    """[R, F]: SwiGLU of the two halves, or GELU."""
-    if activation == "gelu":
-        return functional.gelu(pre_RG)
-    gate_RF, up_RF = pre_RG.chunk(2, dim=-1)
-    return functional.silu(gate_RF) * up_RF
+WhyNot = Callable[[torch.device, torch.dtype, tuple[int, int], Activation], str | None]
 
 
 def compute_loop(
@@ -49,39 +47,83 @@ def compute_grouped(
     w_out_LFH: torch.Tensor,
     activation: Activation,
 ) -> torch.Tensor:
-    """torch.nn.functional.grouped_mm, one group an expert; segments of several source ranks are brought together first."""
-    num_experts = len(w_in_LHG)
-    order = sorted(range(len(segments.sizes)), key=lambda s: segments.experts[s])
-    regrouped = order != list(range(len(order)))
-    if regrouped:
-        rows_RH = _reorder(rows_RH, segments.sizes, order)
-    sizes_L = [0] * num_experts
-    for size, expert in zip(segments.sizes, segments.experts, strict=True):
-        sizes_L[expert] += size
-    ends_L = torch.tensor(sizes_L, dtype=torch.int32).cumsum(0, dtype=torch.int32).to(rows_RH.device, non_blocking=True)
-    pre_RG = functional.grouped_mm(rows_RH, w_in_LHG, offs=ends_L)
-    out_RH = functional.grouped_mm(activate(pre_RG, activation), w_out_LFH, offs=ends_L)
-    if regrouped:
-        back = sorted(range(len(order)), key=order.__getitem__)
-        out_RH = _reorder(out_RH, [segments.sizes[s] for s in order], back)
-    return out_RH
+    """torch.nn.functional.grouped_mm, one group an expert."""
+
+    def product(rows_RK: torch.Tensor, w_LKN: torch.Tensor, sizes_L: list[int]) -> torch.Tensor:
+        return functional.grouped_mm(rows_RK, w_LKN, offs=group_ends(sizes_L, rows_RK.device))
+
+    return compute_by_product(product, rows_RH, segments, w_in_LHG, w_out_LFH, activation)
 
 
-def _reorder(rows: torch.Tensor, sizes: list[int], order: list[int]) -> torch.Tensor:
-    blocks = rows.split(sizes)
-    return torch.cat([blocks[s] for s in order])
+def compute_cpu(
+    rows_RH: torch.Tensor,
+    segments: Segments,
+    w_in_LHG: torch.Tensor,
+    w_out_LFH: torch.Tensor,
+    activation: Activation,
+) -> torch.Tensor:
+    """See moe_dist.experts.cpu."""
+    return _ByKernels.apply(rows_RH, w_in_LHG, w_out_LFH, segments, activation, cpu.KERNELS)
 
 
-BACKENDS: dict[str, Compute] = {"loop": compute_loop, "cpu": compute_cpu, "grouped_mm": compute_grouped}
+class _ByKernels(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows_RH: torch.Tensor, *arguments: Any) -> torch.Tensor:
+        w_in_LHG, w_out_LFH, segments, activation, kernels = arguments
+        rows_RH = rows_RH.contiguous()
+        x, weights = Rows(rows_RH, segments.starts()), Weights(w_in_LHG, w_out_LFH, activation)
+        result, kept = kernels.forward(x, segments, weights, "rows")
+        ctx.segments, ctx.activation, ctx.kernels = segments, activation, kernels
+        ctx.save_for_backward(rows_RH, w_in_LHG, w_out_LFH, *kept)
+        return _own(result)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        rows_RH, w_in_LHG, w_out_LFH, *kept = ctx.saved_tensors
+        segments: Segments = ctx.segments
+        weights = Weights(w_in_LHG, w_out_LFH, ctx.activation)
+        x, grad = Rows(rows_RH, segments.starts()), Rows(grads[0].contiguous(), segments.starts())
+        to = WeightGradients(torch.zeros_like(w_in_LHG), torch.zeros_like(w_out_LFH))
+        done: list[Result] = []
+        ctx.kernels.backward(x, Incoming(grad, None, kept), segments, weights, to, "rows", done.append)
+        return _own(done[0]), to.d_w_in_LHG, to.d_w_out_LFH, None, None, None
 
 
-def choose_backend(name: str, device: torch.device, dtype: torch.dtype, widths: tuple[int, int]) -> Compute:
+def _own(result: Result) -> torch.Tensor:
+    """The rows in order, in memory of their own."""
+    return result.rows_QH.clone() if result.place_R is None else result.in_order(result.rows_QH)
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One way to compute experts."""
+
+    compute: Compute
+    kernels: Kernels | None = None
+    why_not: WhyNot | None = None
+    """Of an optional one: None if it computes such experts here, else the reason and what to use instead."""
+
+
+BACKENDS = {
+    "loop": Backend(compute_loop),
+    "cpu": Backend(compute_cpu, cpu.KERNELS),
+    "grouped_mm": Backend(compute_grouped, whole.KERNELS),
+    "transformer_engine": Backend(transformer_engine.compute_transformer_engine, why_not=transformer_engine.why_not),
+    "sonic": Backend(sonic.compute_sonic, why_not=sonic.why_not),
+    "fp8": Backend(fp8.compute_fp8, why_not=fp8.why_not),
+}
+
+
+def choose_backend(
+    name: str, device: torch.device, dtype: torch.dtype, widths: tuple[int, int], activation: Activation = "swiglu"
+) -> Backend:
     """The backend that `moe.backend` names; `auto` takes the fast one that the device has for such rows.
 
     Args:
         widths: H and F; grouped_mm wants rows of a multiple of 16 bytes.
 
-    Raises ValueError if grouped_mm is asked for where torch has none.
+    Raises ValueError if grouped_mm is asked for where torch has none, or an optional backend that is not installed or does
+    not fit.
     """
     on_gpu = device.type != "cpu"
     grouped = dtype == torch.bfloat16 if on_gpu else dtype in (torch.bfloat16, torch.float32)
@@ -93,4 +135,7 @@ def choose_backend(name: str, device: torch.device, dtype: torch.dtype, widths: 
         )
     if name == "auto":
         name = "cpu" if not on_gpu else "grouped_mm" if grouped else "loop"
-    return BACKENDS[name]
+    backend = BACKENDS[name]
+    if backend.why_not is not None and (reason := backend.why_not(device, dtype, widths, activation)):
+        raise ValueError(f"moe.backend: {name}: {reason}")
+    return backend

@@ -1,163 +1,233 @@
-"""Experts on CPU: one autograd function with per-expert GEMMs into preallocated tensors.
+"""Experts on CPU: GEMMs expert by expert, with everything around them done while the rows are in cache.
 
-Against autograd over a loop it saves what costs most around the GEMMs on a CPU: the activation runs on one expert's rows
-while they are in cache, outputs are written in place instead of concatenated, and the gradient of the weight stack is
-written once instead of once per expert. Only the rows and the first GEMM's output are kept for backward.
+Against autograd over a loop this saves what costs most around the GEMMs on a CPU: rows are fetched, activated and weighted
+a block at a time, outputs are written in place instead of concatenated, and the gradient of the weight stack is written
+once instead of once per expert. Only the first GEMM's output is kept for backward, or nothing at all.
 
-Shape letters: R rows, H hidden, L experts on this rank, F FFN width, G width of the first GEMM (2F for SwiGLU).
+Shape letters: R rows, Q rows in blocks (rounded up), H hidden, L experts on this rank, F FFN width, G width of the first
+GEMM (2F for SwiGLU), K and N width of rows that go into a product and that come out.
 """
 
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any, Literal
+from pathlib import Path
 
 import torch
-from torch.nn import functional
 
 from moe_dist.dispatch.types import Segments
+from moe_dist.experts.blocks import Block, Layout, arrange
+from moe_dist.experts.types import Activation, Incoming, Kernels, Result, Rows, RowsDone, WeightGradients, Weights
+from moe_dist.parallel.memory import keep_freed_memory, workspace
 
 _aten = torch.ops.aten
 
+_BLOCK_BYTES = 2048
+"""Rows times bytes of a value: so many rows stay in a core's cache from one operation to the next."""
+_BATCH_BELOW = 600
+"""Below so many bfloat16 rows an expert, a call costs much beside its product: experts of a block share one."""
+_LARGE_PRODUCT = 2**25
+"""Multiplications from which oneDNN's weight gradients are faster than MKL's."""
 
-def compute_cpu(
-    rows_RH: torch.Tensor,
+
+def _amd_family() -> int:
+    """The family of an AMD processor, 0 of any other: 23 is Zen and Zen 2, 25 Zen 3 and 4, 26 Zen 5."""
+    with suppress(OSError, StopIteration):
+        lines = [line.split(":") for line in Path("/proc/cpuinfo").read_text().splitlines() if ":" in line]
+        values = {key.strip(): value.strip() for key, value in reversed(lines)}
+        return int(values["cpu family"]) if values.get("vendor_id") == "AuthenticAMD" else 0
+    return 0
+
+
+# MKL uses only part of other makers' processors. Which library computes must not be found out by timing: another answer
+# after a restart would round otherwise, and the run would no longer be the same.
+_HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+_FAST_ONEDNN = _HAS_ONEDNN and _amd_family() > 0
+"""Whether float32 products go to oneDNN."""
+_FAST_ONEDNN_GRADIENTS = _HAS_ONEDNN and _amd_family() >= 26
+"""Whether large float32 weight gradients do."""
+
+
+def forward(x: Rows, segments: Segments, weights: Weights, name: str) -> tuple[Result, list[torch.Tensor]]:
+    """See moe_dist.experts.types.Kernels."""
+    keep_freed_memory()
+    layout = _arrange(segments, weights)
+    index_Q = _index(x, layout)
+    w_in, w_out = weights.w_in_LHG.unbind(), weights.w_out_LFH.unbind()
+    out_QH = workspace(name, layout.num_rows, x.buffer_UH.shape[1], x.buffer_UH)
+    kept = []
+    for block in layout.blocks:
+        pre_QG = _products(_take(x, index_Q, block), w_in, block)
+        _products(_activate(pre_QG, weights.activation), w_out, block, out_QH[block.rows])
+        kept.append(pre_QG)
+    return Result(out_QH, layout.place_of(segments)), kept
+
+
+def backward(
+    x: Rows,
+    incoming: Incoming,
     segments: Segments,
-    w_in_LHG: torch.Tensor,
-    w_out_LFH: torch.Tensor,
-    activation: Literal["swiglu", "gelu"],
-) -> torch.Tensor:
-    """See moe_dist.experts.backends."""
-    return _Experts.apply(rows_RH, w_in_LHG, w_out_LFH, segments, activation)
+    weights: Weights,
+    to: WeightGradients,
+    name: str,
+    rows_done: RowsDone,
+) -> None:
+    """See moe_dist.experts.types.Kernels. Of the weight gradients, only the last block's come after `rows_done`."""
+    layout = _arrange(segments, weights)
+    grad = incoming.grad
+    index_Q, grad_index_Q, weight_Q = _index(x, layout), _index(grad, layout), _weights(incoming, layout)
+    w_in, w_in_t, w_out_t = (s.unbind() for s in (weights.w_in_LHG, weights.w_in_LHG.mT, weights.w_out_LFH.mT))
+    d_rows_QH = workspace(name, layout.num_rows, x.buffer_UH.shape[1], x.buffer_UH)
+    d_weight_Q = torch.empty_like(weight_Q)
+    factors = None
+    for number, block in enumerate(layout.blocks):
+        if factors is not None:
+            _weight_gradients(factors, to)
+        x_QH, grad_QH = _take(x, index_Q, block), _take(grad, grad_index_Q, block)
+        pre_QG = incoming.kept[number] if incoming.kept else _products(x_QH, w_in, block)
+        d_active_QF = _products(grad_QH, w_out_t, block)
+        pair_weights = weight_Q[block.rows], d_weight_Q[block.rows]
+        active_QF, d_pre_QG = _activate_backward(pre_QG, d_active_QF, *pair_weights, weights.activation)
+        _products(d_pre_QG, w_in_t, block, d_rows_QH[block.rows])
+        factors = _Factors(block, x_QH, d_pre_QG, active_QF, grad_QH)
+    rows_done(Result(d_rows_QH, layout.place_of(segments), d_weight_Q))
+    if factors is not None:
+        _weight_gradients(factors, to)
+    for expert in layout.idle:
+        to.d_w_in_LHG[expert].zero_()
+        to.d_w_out_LFH[expert].zero_()
 
 
-class _Experts(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        rows_RH: torch.Tensor,
-        w_in_LHG: torch.Tensor,
-        w_out_LFH: torch.Tensor,
-        segments: Segments,
-        activation: Literal["swiglu", "gelu"],
-    ) -> torch.Tensor:
-        rows_RH = rows_RH.contiguous()
-        blocks = _blocks(segments, rows_RH.dtype)
-        pre_RG = _with_slack(rows_RH, w_in_LHG.shape[2])
-        out_RH = _with_slack(rows_RH, rows_RH.shape[1])
-        (scratch_F,) = _scratch(blocks, rows_RH, [w_out_LFH.shape[1]])
-        for block in blocks:
-            torch.mm(_window(rows_RH, block), w_in_LHG[block.expert], out=pre_RG[block.window])
-            _activate(pre_RG[block.rows], scratch_F[: block.size], activation)
-            torch.mm(scratch_F[: block.padded], w_out_LFH[block.expert], out=out_RH[block.window])
-        ctx.segments, ctx.activation = segments, activation
-        ctx.save_for_backward(rows_RH, pre_RG, w_in_LHG, w_out_LFH)
-        return out_RH.resize_(rows_RH.shape)  # not a view: FSDP's hooks do not hold on views
-
-    @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, None, None]:
-        rows_RH, pre_RG, w_in_LHG, w_out_LFH = ctx.saved_tensors
-        grad_RH = grads[0].contiguous()
-        blocks = _blocks(ctx.segments, rows_RH.dtype)
-        d_rows_RH = _with_slack(rows_RH, rows_RH.shape[1])
-        d_w_in, d_w_out = torch.empty_like(w_in_LHG), torch.empty_like(w_out_LFH)
-        widths = [w_out_LFH.shape[1], w_out_LFH.shape[1], pre_RG.shape[1]]
-        active_F, d_active_F, d_pre_G = _scratch(blocks, rows_RH, widths)
-        seen: set[int] = set()
-        for block in blocks:
-            e, size, padded = block.expert, block.size, block.padded
-            grad = _window(grad_RH, block)
-            torch.mm(grad, w_out_LFH[e].t(), out=d_active_F[:padded])
-            _activate_backward(pre_RG[block.rows], d_active_F[:size], active_F[:size], d_pre_G[:size], ctx.activation)
-            # What a window holds behind its own rows must not reach the weights.
-            active_F[size:padded].zero_()
-            d_pre_G[size:padded].zero_()
-            torch.mm(d_pre_G[:padded], w_in_LHG[e].t(), out=d_rows_RH[block.window])
-            _add_product(active_F[:padded], grad, d_w_out[e], first=e not in seen)
-            _add_product(_window(rows_RH, block), d_pre_G[:padded], d_w_in[e], first=e not in seen)
-            seen.add(e)
-        for e in set(range(len(w_in_LHG))) - seen:
-            d_w_in[e].zero_()
-            d_w_out[e].zero_()
-        return d_rows_RH.resize_(rows_RH.shape), d_w_in, d_w_out, None, None
-
-
-# oneDNN builds a new kernel for each number of rows it meets in a bfloat16 product, which takes longer than the product.
-# Rounded up, few numbers of rows occur. A window of rows then reaches into the next segment, whose own products come
-# later and write those rows again; behind the last segment lies some slack.
-_ROUND_ROWS = {torch.bfloat16: 32}
+KERNELS = Kernels(forward, backward)
 
 
 @dataclass(frozen=True)
-class _Block:
-    """The rows of one segment, and the window of a rounded number of rows that begins with them."""
+class _Factors:
+    """What the weight gradients of a block are products of."""
 
-    start: int
-    size: int
-    padded: int
-    expert: int
-
-    @property
-    def rows(self) -> slice:
-        return slice(self.start, self.start + self.size)
-
-    @property
-    def window(self) -> slice:
-        return slice(self.start, self.start + self.padded)
+    block: Block
+    x_QH: torch.Tensor
+    d_pre_QG: torch.Tensor
+    active_QF: torch.Tensor
+    grad_QH: torch.Tensor
 
 
-def _blocks(segments: Segments, dtype: torch.dtype) -> list[_Block]:
-    """A block for each segment that has rows."""
-    blocks, start, multiple = [], 0, _ROUND_ROWS.get(dtype, 1)
-    for size, expert in zip(segments.sizes, segments.experts, strict=True):
-        if size:
-            blocks.append(_Block(start, size, -(-size // multiple) * multiple, expert))
-        start += size
-    return blocks
+def _arrange(segments: Segments, weights: Weights) -> Layout:
+    # oneDNN builds a kernel for each number of rows it meets, which takes longer than the product. Rounded up, few occur.
+    dtype, multiple = weights.w_in_LHG.dtype, 1
+    if dtype == torch.bfloat16:
+        multiple = 32
+    elif dtype.itemsize == 4 and _FAST_ONEDNN:
+        mean = sum(segments.sizes) // max(1, len(set(segments.experts)))
+        multiple = 4 if mean < 128 else 16 if mean < 512 else 32
+    return arrange(segments, multiple, _BLOCK_BYTES // dtype.itemsize, _BATCH_BELOW if dtype == torch.bfloat16 else 0)
 
 
-def _with_slack(rows_RH: torch.Tensor, width: int) -> torch.Tensor:
-    return rows_RH.new_empty(len(rows_RH) + _ROUND_ROWS.get(rows_RH.dtype, 1) - 1, width)
+def _index(rows: Rows, layout: Layout) -> torch.Tensor:
+    """int64 [Q]: for each row of the blocks its row in the buffer; any row where there is none."""
+    source_R = layout.source_R(rows.starts)
+    if rows.index_R is not None:
+        source_R = rows.index_R[source_R]
+    return source_R.new_zeros(layout.num_rows).index_copy_(0, layout.place_R, source_R)
 
 
-def _window(rows_RH: torch.Tensor, block: _Block) -> torch.Tensor:
-    """The rows of a window, zeros where it reaches behind the last row."""
-    missing = block.window.stop - len(rows_RH)
-    return rows_RH[block.window] if missing <= 0 else functional.pad(rows_RH[block.start :], (0, 0, 0, missing))
+def _weights(incoming: Incoming, layout: Layout) -> torch.Tensor:
+    """[Q] the weight of each row, 1 where none are given; 0 where there is no row, so that it has no part in gradients."""
+    if incoming.weight_R is None:
+        buffer = incoming.grad.buffer_UH
+        return buffer.new_zeros(layout.num_rows).index_fill_(0, layout.place_R, 1)
+    weight_R = incoming.weight_R[layout.source_R(incoming.grad.starts)]
+    return weight_R.new_zeros(layout.num_rows).index_copy_(0, layout.place_R, weight_R)
 
 
-def _scratch(blocks: list[_Block], like: torch.Tensor, widths: list[int]) -> list[torch.Tensor]:
-    """One buffer for each width, with rows for the largest block; while a block is computed they stay in cache."""
-    num_rows = max((block.padded for block in blocks), default=0)
-    return [like.new_empty(num_rows, width) for width in widths]
+def _take(rows: Rows, index_Q: torch.Tensor, block: Block) -> torch.Tensor:
+    return rows.buffer_UH.index_select(0, index_Q[block.rows])
 
 
-def _add_product(x: torch.Tensor, y: torch.Tensor, out: torch.Tensor, first: bool) -> None:
-    """out (+)= x^T y."""
-    if first:
-        torch.mm(x.t(), y, out=out)
-    else:
-        out.addmm_(x.t(), y)
+def _products(
+    rows_QK: torch.Tensor, w_L: Sequence[torch.Tensor], block: Block, out_QN: torch.Tensor | None = None
+) -> torch.Tensor:
+    """[Q, N] each expert's rows times its matrix [K, N]."""
+    if rows_QK.element_size() == 4 and _FAST_ONEDNN:
+        parts = [_onednn(x, w_L[e]) for x, e in zip(rows_QK.split(block.padded), block.experts, strict=True)]
+        if out_QN is None:
+            return parts[0] if len(parts) == 1 else torch.cat(parts)
+        return torch.cat(parts, out=out_QN)
+    if out_QN is None:
+        out_QN = rows_QK.new_empty(len(rows_QK), w_L[0].shape[1])
+    if block.is_batch:
+        first, count = block.experts[0], len(block.experts)
+        w_BKN = _stacked(w_L[first : first + count])
+        torch.bmm(rows_QK.view(count, -1, rows_QK.shape[1]), w_BKN, out=out_QN.view(count, -1, out_QN.shape[1]))
+        return out_QN
+    for x, e, out in zip(rows_QK.split(block.padded), block.experts, out_QN.split(block.padded), strict=True):
+        torch.mm(x, w_L[e], out=out)
+    return out_QN
 
 
-def _activate(pre: torch.Tensor, out: torch.Tensor, activation: Literal["swiglu", "gelu"]) -> None:
-    if activation == "gelu":
-        _aten.gelu.out(pre, out=out)
+def _stacked(views_B: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Consecutive matrices of one stack as the stack's own memory."""
+    first, stride = views_B[0], views_B[1].storage_offset() - views_B[0].storage_offset()
+    return first.as_strided((len(views_B), *first.shape), (stride, *first.stride()))
+
+
+def _weight_gradients(factors: _Factors, to: WeightGradients) -> None:
+    _transposed_products(factors.x_QH, factors.d_pre_QG, factors.block, to.d_w_in_LHG)
+    _transposed_products(factors.active_QF, factors.grad_QH, factors.block, to.d_w_out_LFH)
+
+
+def _transposed_products(x_QK: torch.Tensor, y_QN: torch.Tensor, block: Block, out_LKN: torch.Tensor) -> None:
+    """out[expert] = x^T y over the expert's rows; of rows that are not there one of the two factors is zero."""
+    if block.is_batch and x_QK.dtype == torch.bfloat16:
+        first, count = block.experts[0], len(block.experts)
+        x_BKC = x_QK.view(count, -1, x_QK.shape[1]).mT
+        torch.bmm(x_BKC, y_QN.view(count, -1, y_QN.shape[1]), out=out_LKN[first : first + count])
         return
-    gate, up = pre.chunk(2, dim=1)
-    _aten.silu.out(gate, out=out)
-    out.mul_(up)
+    parts = zip(block.experts, x_QK.mT.split(block.padded, dim=1), y_QN.split(block.padded), strict=True)
+    for expert, x_t, y in parts:
+        if x_t.element_size() == 4 and _FAST_ONEDNN_GRADIENTS and x_t.numel() * y.shape[1] >= _LARGE_PRODUCT:
+            out_LKN[expert] = _onednn(x_t, y)
+        else:
+            torch.mm(x_t, y, out=out_LKN[expert])
+
+
+def _onednn(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """x y in float32."""
+    return torch.ops.mkldnn._linear_pointwise.default(x, y.t(), None, "none", [], "")
+
+
+def _activate(pre_QG: torch.Tensor, activation: Activation) -> torch.Tensor:
+    if activation == "gelu":
+        return _aten.gelu(pre_QG)
+    gate_QF, up_QF = pre_QG.chunk(2, dim=1)
+    return _aten.silu(gate_QF).mul_(up_QF)
 
 
 def _activate_backward(
-    pre: torch.Tensor, d_active: torch.Tensor, active: torch.Tensor, d_pre: torch.Tensor, activation: str
-) -> None:
-    """Write the activation's output again into `active` and its gradient into `d_pre`; `d_active` is used up."""
+    pre_QG: torch.Tensor,
+    d_active_QF: torch.Tensor,
+    weight_Q: torch.Tensor,
+    d_weight_Q: torch.Tensor,
+    activation: Activation,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The activation's output times the row's weight, and the gradient of what went into it.
+
+    `d_active_QF` is used up. A weight's gradient is the product of its row's gradient with the output of the second GEMM,
+    which is that of `d_active` (before weighting) with `active`: outputs need not be kept (arXiv 2512.14080).
+    """
+    d_pre_QG = torch.empty_like(pre_QG)
     if activation == "gelu":
-        _aten.gelu.out(pre, out=active)
-        _aten.gelu_backward.grad_input(d_active, pre, grad_input=d_pre)
-        return
-    gate, up = pre.chunk(2, dim=1)
-    d_gate, d_up = d_pre.chunk(2, dim=1)
-    _aten.silu.out(gate, out=active)
-    torch.mul(d_active, active, out=d_up)
-    active.mul_(up)
-    _aten.silu_backward.grad_input(d_active.mul_(up), gate, grad_input=d_gate)
+        active_QF = _aten.gelu(pre_QG)
+        torch.sum(d_active_QF * active_QF, 1, dtype=d_weight_Q.dtype, out=d_weight_Q)
+        weight_Q1 = weight_Q.to(pre_QG.dtype)[:, None]
+        _aten.gelu_backward.grad_input(d_active_QF.mul_(weight_Q1), pre_QG, grad_input=d_pre_QG)
+        return active_QF.mul_(weight_Q1), d_pre_QG
+    gate_QF, up_QF = pre_QG.chunk(2, dim=1)
+    d_gate_QF, d_up_QF = d_pre_QG.chunk(2, dim=1)
+    active_QF = _aten.silu(gate_QF)
+    weight_Q1 = weight_Q.to(pre_QG.dtype)[:, None]
+    torch.mul(d_active_QF, active_QF, out=d_up_QF)
+    torch.sum(d_up_QF * up_QF, 1, dtype=d_weight_Q.dtype, out=d_weight_Q)
+    d_up_QF.mul_(weight_Q1)
+    _aten.silu_backward.grad_input(d_active_QF.mul_(up_QF).mul_(weight_Q1), gate_QF, grad_input=d_gate_QF)
+    return active_QF.mul_(up_QF).mul_(weight_Q1), d_pre_QG

@@ -10,8 +10,10 @@ from torch import nn
 from torch.nn import functional
 
 from moe_dist.config.schema import MoEConfig
-from moe_dist.dispatch.types import Segments
-from moe_dist.experts.backends import Activation, choose_backend
+from moe_dist.dispatch.types import Journey, Segments
+from moe_dist.experts.backends import Backend, choose_backend
+from moe_dist.experts.journey import Stage, travel, untimed
+from moe_dist.experts.types import Activation, Weights
 
 
 class Experts(nn.Module):
@@ -40,11 +42,40 @@ class Experts(nn.Module):
         gate, up = source(self.w_gate_up)[place].chunk(2, dim=1)
         return {"w_gate": gate, "w_up": up, "w_down": down}
 
-    def forward(self, rows_RH: torch.Tensor, segments: Segments) -> torch.Tensor:
+    def forward(
+        self,
+        rows: torch.Tensor,
+        where: Segments | Journey,
+        weight_P: torch.Tensor | None = None,
+        stage: Stage = untimed,
+        meanwhile: Callable[[], None] = lambda: None,
+    ) -> torch.Tensor:
+        """Compute rows that are here, or take tokens on their whole journey.
+
+        Args:
+            rows: [R, H] rows of `where`, which are Segments; or [T, H] tokens, of a Journey.
+            weight_P: weights of the outputs; of a Journey only.
+            stage: times the parts of a Journey.
+            meanwhile: called once while the first rows are on their way.
+
+        Returns:
+            [R, H] outputs of the rows; or [T, H] the weighted sums of the tokens.
+        """
         w_in_LHG = self.w_gate_up if self.moe.activation == "swiglu" else self.w_up
-        dtype, widths = rows_RH.dtype, (rows_RH.shape[1], self.moe.ffn_size)
-        compute = choose_backend(self.moe.backend, rows_RH.device, dtype, widths)
-        return compute(rows_RH, segments, w_in_LHG.to(dtype), self.w_down.to(dtype), self.moe.activation)
+        weights = Weights(w_in_LHG.to(rows.dtype), self.w_down.to(rows.dtype), self.moe.activation)
+        backend = self.backend(rows)
+        if isinstance(where, Segments):
+            return backend.compute(rows, where, weights.w_in_LHG, weights.w_out_LFH, weights.activation)
+        assert backend.kernels is not None
+        assert weight_P is not None
+        return travel(
+            rows, weight_P, where, weights, backend.kernels, self.moe.recompute == "experts", stage, meanwhile
+        )
+
+    def backend(self, rows: torch.Tensor) -> Backend:
+        """What computes rows of this width, dtype and device."""
+        widths = rows.shape[1], self.moe.ffn_size
+        return choose_backend(self.moe.backend, rows.device, rows.dtype, widths, self.moe.activation)
 
 
 class FeedForward(nn.Module):

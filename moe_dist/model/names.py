@@ -8,9 +8,11 @@ from collections.abc import Callable, Iterator
 
 import torch
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from moe_dist.model.transformer import Transformer
+from moe_dist.placement import WIDTH_DIMENSION
 
 
 def global_tensors(
@@ -23,8 +25,8 @@ def global_tensors(
             optimiser. Default: the parameter itself.
 
     Yields:
-        Name and tensor. Where the engine shards or replicates, it is a DTensor that knows so; that of one expert has the
-        global shape [H, F] or [F, H].
+        Name and tensor. Where the engine slices, shards or replicates, it is a DTensor that knows so; that of one expert has
+        the global shape [H, F] or [F, H].
     """
     source = source or local_tensor
     for name, parameter in model.named_parameters():
@@ -32,9 +34,10 @@ def global_tensors(
             yield name, _as_sharded(source(parameter), parameter)
     for number, layer in model.moe_layers.items():
         stack = layer.experts.w_down  # all stacks of a layer are sharded alike
+        is_sharded = isinstance(stack, DTensor) and stack.placements[0].is_shard()
         for place, expert in enumerate(layer.own_experts):
             for key, view in layer.experts.weights_of(place, source).items():
-                yield f"layers.{number}.experts.{expert}.{key}", _as_expert_of(view, stack)
+                yield f"layers.{number}.experts.{expert}.{key}", _as_expert(view, key, model.same_experts, is_sharded)
 
 
 def local_tensor(tensor: torch.Tensor) -> torch.Tensor:
@@ -49,9 +52,8 @@ def _as_sharded(local: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
     return DTensor.from_local(local, mesh, placements, shape=parameter.shape, stride=parameter.stride())
 
 
-def _as_expert_of(view: torch.Tensor, stack: torch.Tensor) -> torch.Tensor:
-    """The stack [L, H, F] is sharded on dimension 1, so each expert in it is on dimension 0."""
-    if not isinstance(stack, DTensor):
+def _as_expert(view: torch.Tensor, key: str, mesh: DeviceMesh | None, is_sharded: bool) -> torch.Tensor:
+    """Cut along the FFN width over the first axis of the mesh. The second shards dimension 1 of the stack, 0 of an expert."""
+    if mesh is None or mesh.size() == 1:
         return view
-    placement = Shard(0) if stack.placements[0].is_shard() else Replicate()
-    return DTensor.from_local(view, stack.device_mesh, [placement])
+    return DTensor.from_local(view, mesh, [Shard(WIDTH_DIMENSION[key]), Shard(0) if is_sharded else Replicate()])

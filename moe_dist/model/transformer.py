@@ -8,10 +8,12 @@ import math
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.utils.checkpoint import checkpoint
 
 from moe_dist.config.layout import moe_layers
 from moe_dist.config.schema import Config
+from moe_dist.dispatch.exchange import Exchange
 from moe_dist.experts import FeedForward
 from moe_dist.initial import draw_normal
 from moe_dist.layer import MoELayer
@@ -51,8 +53,11 @@ class Transformer(nn.Module):
         expert_parallel_group: dist.ProcessGroup | None = None,
         data_parallel_group: dist.ProcessGroup | None = None,
         expert_map: ExpertMap | None = None,
+        expert_tensor: int = 1,
+        exchange: Exchange | None = None,
+        num_chunks: int = 1,
     ) -> None:
-        """See MoELayer for the groups and the map."""
+        """See MoELayer for the groups, the map, expert_tensor, the exchange and num_chunks, which all layers share."""
         super().__init__()
         model = config.model
         self.config = config
@@ -69,6 +74,9 @@ class Transformer(nn.Module):
                     data_parallel_group,
                     expert_map,
                     vocab_size,
+                    expert_tensor,
+                    exchange,
+                    num_chunks,
                 )
                 if number in with_experts
                 else None,
@@ -77,6 +85,8 @@ class Transformer(nn.Module):
         )
         self.norm = nn.RMSNorm(model.hidden_size, eps=model.norm_epsilon)
         self.output = None if model.tie_embeddings else nn.Linear(model.hidden_size, vocab_size, bias=False)
+        self.same_experts: DeviceMesh | None = None
+        """[expert_tensor, expert_data]: the ranks that hold any part of the same experts; set by an engine that distributes."""
         self._initialise()
 
     @property

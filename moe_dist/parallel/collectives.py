@@ -8,6 +8,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from moe_dist.parallel.traffic import Kind, count_bytes
+
 
 class _AllToAllRows(torch.autograd.Function):
     @staticmethod
@@ -19,11 +21,11 @@ class _AllToAllRows(torch.autograd.Function):
         group: dist.ProcessGroup,
     ) -> torch.Tensor:
         ctx.send, ctx.receive, ctx.group = send, receive, group
-        return _exchange(rows_PH, send, receive, group)
+        return all_to_all("rows", rows_PH, send, receive, group)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
-        return _exchange(grads[0], ctx.receive, ctx.send, ctx.group), None, None, None
+        return all_to_all("rows", grads[0], ctx.receive, ctx.send, ctx.group), None, None, None
 
 
 def all_to_all_rows(
@@ -43,30 +45,29 @@ def all_to_all_rows(
     return rows_PH if group is None else _AllToAllRows.apply(rows_PH, send, receive, group)
 
 
-def all_to_all_counts(
-    count_E: torch.Tensor, experts_of_rank: list[int], group: dist.ProcessGroup | None
+def all_to_all(
+    kind: Kind, rows: torch.Tensor, send: list[int], receive: list[int], group: dist.ProcessGroup
 ) -> torch.Tensor:
-    """Tell each rank how many rows its experts will get from here.
-
-    Args:
-        count_E: int64, for each expert (ordered by owner) the rows this rank will send it.
-        experts_of_rank: experts on each rank; their sum is E.
-
-    Returns:
-        int64 [ranks x L], for each source rank the rows of each expert of this rank.
-    """
-    if group is None:
-        return count_E
-    own = experts_of_rank[dist.get_rank(group)]
-    received = count_E.new_empty(len(experts_of_rank) * own)
-    dist.all_to_all_single(received, count_E, [own] * len(experts_of_rank), experts_of_rank, group=group)
-    return received
-
-
-def _exchange(rows: torch.Tensor, send: list[int], receive: list[int], group: dist.ProcessGroup) -> torch.Tensor:
+    """The all-to-all itself, without autograd: blocks of the first dimension of any tensor; its bytes are counted."""
+    count_bytes(kind, send, rows[:1].nbytes if len(rows) else 0, group)
     received = rows.new_empty(sum(receive), *rows.shape[1:])
     dist.all_to_all_single(received, rows.contiguous(), receive, send, group=group)
     return received
+
+
+def start_all_to_all(
+    kind: Kind,
+    rows: torch.Tensor,
+    send: list[int],
+    received: torch.Tensor,
+    receive: list[int],
+    group: dist.ProcessGroup,
+) -> dist.Work:
+    """`all_to_all` into `received`, which holds the result once the returned work is waited for."""
+    count_bytes(kind, send, rows[:1].nbytes if len(rows) else 0, group)
+    work = dist.all_to_all_single(received, rows, receive, send, group=group, async_op=True)
+    assert work is not None, "this rank is not of the group"
+    return work
 
 
 def all_gather_rows(rows_TN: torch.Tensor, group: dist.ProcessGroup | None) -> torch.Tensor:

@@ -78,6 +78,11 @@ def read_environment(variables: Mapping[str, str] = os.environ) -> Environment:
     return Environment(0, 1, 0, 1, "127.0.0.1", 0, "single")
 
 
+def ranks_of_a_node(configured: int | None) -> int:
+    """`parallel.ranks_per_node`: by default as many as the launcher started on this node."""
+    return configured or read_environment().local_num_ranks
+
+
 def _of_node(counts: str, node: int) -> int:
     """The count of one node, where SLURM writes 4(x2),3 for nodes of 4, 4 and 3 ranks; one number holds for all nodes."""
     each: list[int] = []

@@ -5,6 +5,9 @@ from functools import cached_property
 
 import torch
 
+WIDTH_DIMENSION = {"w_gate": 1, "w_up": 1, "w_down": 0}
+"""Of an expert's weights by their unpacked names: which dimension is the FFN width, along which slices are cut."""
+
 
 @dataclass(frozen=True)
 class ExpertMap:
@@ -24,6 +27,20 @@ class ExpertMap:
         """From the rank of each expert; ranks may own different numbers of experts."""
         return ExpertMap(
             tuple(tuple(e for e, owner in enumerate(owner_E) if owner == rank) for rank in range(max(owner_E) + 1))
+        )
+
+    def sliced(self, num_slices: int) -> "ExpertMap":
+        """The map of slices for expert tensor parallelism.
+
+        Each expert is cut along its FFN width into `num_slices` experts of their own; slice j of expert e has the number
+        e * num_slices + j. Each rank becomes `num_slices` consecutive ones, that hold slice 0, 1, ... of its experts.
+        """
+        return ExpertMap(
+            tuple(
+                tuple(e * num_slices + j for e in experts)
+                for experts in self.experts_of_rank
+                for j in range(num_slices)
+            )
         )
 
     @cached_property

@@ -22,7 +22,7 @@ from moe_dist.config.routing import RoutingConfig
 from moe_dist.routing.audit_batches import CHANGES, Batch, Batches
 from moe_dist.routing.balance import sum_over_ranks
 from moe_dist.routing.router import Router
-from moe_dist.routing.types import Routing, Tokens
+from moe_dist.routing.types import Routing, Tokens, real_pairs
 
 LATER, SEQUENCES, RANKS = "later tokens of its sequence", "other sequences of the batch", "other ranks"
 QUESTIONS = (LATER, SEQUENCES, RANKS)
@@ -184,7 +184,7 @@ class _Outcome:
 
 def _route(router: AnyRouter, batches: Batches, batch: Batch, training: bool, step: int) -> _Outcome:
     """By a copy of the router, so that its state stays."""
-    routing = _forward(_copied(router), batches, batch, training, step)
+    routing = real_pairs(_forward(_copied(router), batches, batch, training, step))
     num_tokens = batches.tokens_per_rank
     chosen_TE = torch.zeros(num_tokens, len(routing.load_E), dtype=torch.bool)
     chosen_TE[routing.token_P, routing.expert_P] = True

@@ -136,7 +136,7 @@ def _balance_loss(
             probability_TE, chosen_TE, evidence.tokens.num_sequences, evidence.real_T, per_token
         )
     else:
-        num_tokens = chosen_TE.new_tensor(len(chosen_TE)) if evidence.real_T is None else evidence.real_T.sum()
+        num_tokens = chosen_TE.new_full((), len(chosen_TE)) if evidence.real_T is None else evidence.real_T.sum()
         load = torch.cat([chosen_TE.sum(0), num_tokens[None]])
         if loss_config.scope == "global_batch":
             load = _load_of_batch(name, load, balance, group, evidence.counts)

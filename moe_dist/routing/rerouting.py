@@ -22,6 +22,8 @@ from moe_dist.routing.types import Choice, Tokens
 def reroute(
     choice: Choice,
     selection_TE: torch.Tensor,
+    weight_TE: torch.Tensor,
+    best_score_T: torch.Tensor,
     config: RoutingConfig,
     tokens: Tokens,
     random_key: int,
@@ -33,6 +35,8 @@ def reroute(
     Args:
         choice: what is wanted, padding left out by `valid_TK`; the experts of a token are distinct.
         selection_TE: what top-k compares; experts at -inf take nothing but what the choice gives them.
+        weight_TE: weights of all experts, for policy: weight (see moe_dist.routing.scores.weights_beside).
+        best_score_T: highest score of each token, for batch_priority.
         random_key: of the random policy.
         training: whether `factor` or `evaluation_factor` holds.
         group: the ranks of routing.group: global, which must hold equally many tokens; None: this rank alone.
@@ -47,7 +51,7 @@ def reroute(
     num_experts, num_choices = selection_TE.shape[1], choice.expert_TK.shape[1]
     slots_T1 = _valid(choice).sum(1, keepdim=True)
     preference_TE = _preferences(choice, selection_TE)
-    priority_TE = _priorities(selection_TE, config, tokens, random_key, group)
+    priority_TE = _priorities(weight_TE, best_score_T, config, tokens, random_key, group)
 
     def solve(values_GLN: torch.Tensor, _: torch.Tensor | None) -> torch.Tensor:
         preference_GLE, priority_GLE, slots_GL1 = values_GLN.split([num_experts, num_experts, 1], dim=2)
@@ -92,21 +96,27 @@ def _preferences(choice: Choice, selection_TE: torch.Tensor) -> torch.Tensor:
 
 
 def _priorities(
-    selection_TE: torch.Tensor, config: RoutingConfig, tokens: Tokens, random_key: int, group: dist.ProcessGroup | None
+    weight_TE: torch.Tensor,
+    best_score_T: torch.Tensor,
+    config: RoutingConfig,
+    tokens: Tokens,
+    random_key: int,
+    group: dist.ProcessGroup | None,
 ) -> torch.Tensor:
-    """float64 [T, E] by which a full bucket chooses, highest first; equal ones by position."""
+    """float64 [T, E] by which a full bucket chooses, highest first; equal ones by position. As where overflow drops."""
     assert config.capacity is not None
-    num_tokens, num_experts = selection_TE.shape
+    num_tokens, num_experts = weight_TE.shape
     if config.capacity.policy == "weight":
-        return selection_TE.double()
+        return weight_TE.double()
     if config.capacity.policy == "batch_priority":
-        return selection_TE.double().amax(1, keepdim=True).expand_as(selection_TE)
+        return best_score_T.double()[:, None].expand_as(weight_TE)
     if config.capacity.policy == "random":
-        expert_E = torch.arange(num_experts, device=selection_TE.device)
-        return random_priority(random_key, tokens, index_of(tokens, selection_TE)[:, None] * num_experts + expert_E)
+        expert_E = torch.arange(num_experts, device=weight_TE.device)
+        num_routed = num_experts - (config.zero_experts.count if config.zero_experts else 0)
+        return random_priority(random_key, tokens, index_of(tokens, weight_TE)[:, None] * num_routed + expert_E)
     first = dist.get_rank(group) * num_tokens if config.group == "global" and group is not None else 0
-    position_T = torch.arange(first, first + num_tokens, dtype=torch.float64, device=selection_TE.device)
-    return -position_T[:, None].expand_as(selection_TE)
+    position_T = torch.arange(first, first + num_tokens, dtype=torch.float64, device=weight_TE.device)
+    return -position_T[:, None].expand_as(weight_TE)
 
 
 def _rejected(
@@ -137,7 +147,7 @@ def _rejected(
         expert_GLK, valid_GLK = _proposals(preference_GLE, rejected_GLE, slots_GL1, num_choices)
         bucket_GLK = bucket_GLE.gather(2, expert_GLK).masked_fill(~valid_GLK, unlimited)
         priority_GLK = priority_GLE.gather(2, expert_GLK)
-        place_GLK = place_in_bucket(bucket_GLK.flatten(), priority_GLK.flatten()).view_as(bucket_GLK)
+        place_GLK = place_in_bucket(bucket_GLK.flatten(), unlimited + 1, priority_GLK.flatten()).view_as(bucket_GLK)
         refused_GLK = (place_GLK >= room) & (bucket_GLK < unlimited)
         if not refused_GLK.any():
             return rejected_GLE

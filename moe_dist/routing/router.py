@@ -18,8 +18,14 @@ from moe_dist.routing.capacity import apply_capacity, factor_now
 from moe_dist.routing.groups import index_of
 from moe_dist.routing.random import key_of, uniform
 from moe_dist.routing.rerouting import lost, reroute
-from moe_dist.routing.scores import combine_weights, expert_scores, limit_to_groups, router_logits
-from moe_dist.routing.types import Choice, Routing, Tokens
+from moe_dist.routing.scores import (
+    combine_weights,
+    expert_scores,
+    limit_to_groups,
+    router_logits,
+    weights_beside,
+)
+from moe_dist.routing.types import Choice, Routing, Tokens, keep_pairs
 
 
 class Router(nn.Module):
@@ -91,7 +97,7 @@ class Router(nn.Module):
         with torch.no_grad():
             choice = with_padding(self.choose(logits_TE.detach(), scores_TE.detach(), tokens, counts), real_T)
             wanted_E = count_per_expert(choice.expert_TK, logits_TE.shape[1], choice.valid_TK)[: self.num_experts]
-            final = self._rerouted(choice, scores_TE, tokens)
+            final = self._rerouted(choice, logits_TE, scores_TE, tokens)
         weight_TK = self.weights(logits_TE, scores_TE, final)
         routing = self._pairs(final, weight_TK, wanted_E)
         if self.training:
@@ -133,8 +139,9 @@ class Router(nn.Module):
 
     def selection(self, scores_TE: Tensor) -> Tensor:
         """[T, E] what top-k compares: the scores with the bias, -inf outside the groups that a token may choose from."""
-        routed_TE = loss_free.apply_bias(scores_TE[:, : self.num_experts], self.balance, self.routing)
-        selection_TE = torch.cat([routed_TE, scores_TE[:, self.num_experts :]], dim=1)
+        selection_TE = loss_free.apply_bias(scores_TE[:, : self.num_experts], self.balance, self.routing)
+        if self.routing.zero_experts is not None:  # these have no bias
+            selection_TE = torch.cat([selection_TE, scores_TE[:, self.num_experts :]], dim=1)
         groups = self.routing.expert_groups
         return selection_TE if groups is None or groups.keep is None else limit_to_groups(selection_TE, groups)
 
@@ -182,6 +189,8 @@ class Router(nn.Module):
         # On a GPU the host would have to wait for the answer.
         if self.tolerates_nonfinite or logits_TE.is_cuda:
             return
+        if logits_TE.detach().sum().isfinite():  # one cheap pass: then all are
+            return
         finite_T = logits_TE.detach().isfinite().all(1)
         if not (finite_T if real_T is None else finite_T | ~real_T).all():
             first = int((~finite_T).nonzero()[0])
@@ -189,7 +198,7 @@ class Router(nn.Module):
 
     def _pairs(self, choice: Choice, weight_TK: Tensor, wanted_E: Tensor) -> Routing:
         num_tokens, choices = choice.expert_TK.shape
-        token_P = torch.arange(num_tokens, device=weight_TK.device).repeat_interleave(choices)
+        token_P = torch.arange(num_tokens, device=weight_TK.device)[:, None].expand(-1, choices).flatten()
         expert_P, weight_P, identity_weight_T = choice.expert_TK.flatten(), weight_TK.flatten(), None
         valid_TK = choice.valid_TK
         if self.routing.zero_experts is not None:
@@ -197,10 +206,7 @@ class Router(nn.Module):
             real_TK = torch.ones_like(routed_TK) if valid_TK is None else valid_TK
             identity_weight_T = torch.where(~routed_TK & real_TK, weight_TK, 0).sum(1)
             valid_TK = routed_TK & real_TK
-        if valid_TK is not None:
-            kept_Q = valid_TK.flatten().nonzero().squeeze(1)
-            token_P, expert_P, weight_P = token_P[kept_Q], expert_P[kept_Q], weight_P[kept_Q]
-        return Routing(
+        routing = Routing(
             token_P=token_P,
             expert_P=expert_P,
             weight_P=weight_P,
@@ -209,15 +215,34 @@ class Router(nn.Module):
             identity_weight_T=identity_weight_T,
             pairs_per_expert=choice.slots,
         )
+        if valid_TK is None:
+            return routing
+        return keep_pairs(routing, valid_TK.flatten(), num_tokens, self._places(choice, len(token_P)))
 
-    def _rerouted(self, choice: Choice, scores_TE: Tensor, tokens: Tokens) -> Choice:
+    def _places(self, choice: Choice, num_pairs: int) -> int | None:
+        """For pairs, where the routing will be padded, so that nothing may wait for their number."""
+        if choice.slots is not None:
+            return min(num_pairs, choice.slots * self.num_experts)
+        capacity = self.routing.capacity
+        padded = capacity is not None and capacity.pad and factor_now(capacity, self.training) is not None
+        return num_pairs if padded else None
+
+    def _rerouted(self, choice: Choice, logits_TE: Tensor, scores_TE: Tensor, tokens: Tokens) -> Choice:
         """The choice after overflow has gone on to the next best experts with room, if that is configured."""
         capacity = self.routing.capacity
         if capacity is None or capacity.overflow != "reroute" or factor_now(capacity, self.training) is None:
             return choice
-        selection_TE = self.selection(scores_TE.detach())
+        weight_TE = weights_beside(self.weights(logits_TE, scores_TE, choice), scores_TE, choice, self.routing)
         return reroute(
-            choice, selection_TE, self.routing, tokens, self.key("capacity"), self.training, self.data_parallel_group
+            choice,
+            self.selection(scores_TE),
+            weight_TE,
+            scores_TE.amax(1),
+            self.routing,
+            tokens,
+            self.key("capacity"),
+            self.training,
+            self.data_parallel_group,
         )
 
     def _limited(self, routing: Routing, choice: Choice, final: Choice, scores_TE: Tensor, tokens: Tokens) -> Routing:

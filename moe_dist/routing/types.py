@@ -3,7 +3,7 @@
 Shape letters: T tokens on this rank, E experts (global), K choices of a token, P routed (token, expert) pairs on this rank.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
@@ -65,4 +65,35 @@ class Routing:
     """Auxiliary losses of this micro-batch, coefficients included: means over its tokens."""
     pairs_per_expert: int | None = None
     """Set only where every rank sends exactly this many slots to every expert; slots without a pair are empty rows. Ranks of
-    an expert-parallel group must then agree on it, so hold equally many tokens (padding counts)."""
+    an expert-parallel group must then agree on it, so hold equally many tokens (padding counts).
+
+    Then P follows from shapes as well, so that nothing waits for the device: places that no pair fills stand last, as vacant
+    pairs of token T, expert E and weight 0. `real_pairs` leaves them out."""
+
+
+def keep_pairs(routing: Routing, kept_P: torch.Tensor, num_tokens: int, places: int | None) -> Routing:
+    """The routing with those of its pairs that are kept, in order.
+
+    Args:
+        kept_P: bool; False for vacant pairs.
+        num_tokens: T.
+        places: P of the result, with vacant pairs at the end; pairs beyond it would be lost. None: as many as are kept,
+            and the host waits for their number.
+    """
+    if places is None:
+        kept_Q = kept_P.nonzero().squeeze(1)
+    else:
+        kept_Q = torch.nonzero_static(kept_P, size=places, fill_value=len(kept_P)).squeeze(1)
+
+    def keep(value_P: torch.Tensor, vacant: int) -> torch.Tensor:
+        if places is not None:
+            value_P = torch.cat([value_P, value_P.new_full((1,), vacant)])
+        return value_P.index_select(0, kept_Q)
+
+    token_Q, expert_Q = keep(routing.token_P, num_tokens), keep(routing.expert_P, len(routing.load_E))
+    return replace(routing, token_P=token_Q, expert_P=expert_Q, weight_P=keep(routing.weight_P, 0))
+
+
+def real_pairs(routing: Routing) -> Routing:
+    """The routing without vacant pairs, for whoever reads pairs; the host waits for their number."""
+    return keep_pairs(routing, routing.expert_P < len(routing.load_E), 0, None)

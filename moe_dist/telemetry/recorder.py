@@ -16,8 +16,8 @@ STAGES = ("route", "dispatch", "experts", "combine")
 class LayerRecorder:
     """Counters of one MoE layer since they were last read: rows moved, rows computed, time by stage, auxiliary losses."""
 
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
+    def __init__(self, device: torch.device, ranks_per_node: int = 1) -> None:
+        self.device, self.ranks_per_node = device, ranks_per_node
         self.reset()
 
     def reset(self) -> None:
@@ -26,6 +26,7 @@ class LayerRecorder:
         self.rows_sent: list[int] = []
         self.rows_received: list[int] = []
         self.bytes_sent = 0
+        self.bytes_between_nodes = 0
         self.losses: dict[str, torch.Tensor] = {}
         self._seconds = dict.fromkeys(STAGES, 0.0)
         self._events: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from moe_dist.config import Config, ConfigError, build_config, layout_of
 from moe_dist.config.load import read_yaml
 from moe_dist.engines.native import NativeEngine
-from moe_dist.routing import Routing, Tokens
+from moe_dist.routing import Routing, Tokens, real_pairs
 from moe_dist.routing.metrics import (
     coactivation,
     coactivation_rate,
@@ -91,6 +91,7 @@ def _choices(engine: NativeEngine, batches: list[Any]) -> dict[str, Chosen]:
         def hook(router: nn.Module, args: tuple[Tensor, Tokens], routing: Routing) -> None:
             tokens = args[1]
             assert tokens.id_T is not None
+            routing = real_pairs(routing)
             chosen_TE = torch.zeros(
                 len(tokens.id_T), len(routing.load_E), dtype=torch.bool, device=routing.load_E.device
             )

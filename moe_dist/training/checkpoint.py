@@ -1,7 +1,8 @@
 """Checkpoints: DIR/checkpoints/step_00000050, written under another name and renamed when complete.
 
 They are torch.distributed.checkpoint's, with one key per weight and expert (moe_dist.engines.state), so that a run can go
-on with any number of ranks, any expert map and either sharding. `run.json` beside the tensors tells what wrote them.
+on with any number of ranks, any expert map, any slices of experts and either sharding. `run.json` beside the tensors tells
+what wrote them, the map of experts included.
 """
 
 import json
@@ -30,9 +31,8 @@ def save_checkpoint(folder: Path, engine: NativeEngine, config: Config, step: in
     if is_writer:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-        (partial / "run.json").write_text(
-            json.dumps({"format": FORMAT, "step": step, "owner_of_expert": owner_of_expert(config)}, indent=1)
-        )
+        placement = {"owner_of_expert": owner_of_expert(config), "expert_tensor": config.parallel.expert_tensor}
+        (partial / "run.json").write_text(json.dumps({"format": FORMAT, "step": step, **placement}, indent=1))
         (partial / "config.yaml").write_text(dump_config(config))
     dist.barrier()
     state = engine.state() | {"optimizer.updates": get_updates(engine.optimizer)}

@@ -104,6 +104,7 @@ def load_record(engine: NativeEngine, step: int, num_steps: int) -> dict[str, An
             "rows_sent": recorder.rows_sent,
             "rows_received": recorder.rows_received,
             "bytes_sent": recorder.bytes_sent,
+            "bytes_between_nodes": recorder.bytes_between_nodes,
             "seconds": {stage: round(seconds, 6) for stage, seconds in recorder.seconds().items()},
         }
     return {"step": step, "rank": dist.get_rank(), "steps": num_steps, "layers": layers}

@@ -155,6 +155,32 @@ def test_config_prints_an_uneven_expert_map():
     assert "1 1 1-2, 4-7" in lines
 
 
+def test_config_prints_the_groups_of_hierarchical_dispatch():
+    keys = ("parallel.expert=4", "parallel.dispatch=hierarchical")
+    lines = lines_of(run("config", "config.yaml", *keys, "parallel.ranks_per_node=2", "--ranks", "8"))
+    assert "inside a node 2 [0-1] [2-3] [4-5] [6-7]" in lines
+    assert "between nodes 2 [0, 2] [1, 3] [4, 6] [5, 7]" in lines
+    lines = lines_of(run("config", "config.yaml", *keys))
+    assert "inside a node as launched" in lines
+    assert "between nodes as launched" in lines
+
+
+def test_config_prints_slices_of_experts():
+    lines = lines_of(
+        run("config", "config.yaml", "parallel.expert=2", "parallel.expert_tensor=2", "--ranks", "8", "moe.ffn_size=64")
+    )
+    for line in (
+        "data parallel 8 [0-7]",
+        "expert parallel 2 x 2 [0-3] [4-7]",
+        "expert tensor parallel 2 [0-1] [2-3] [4-5] [6-7]",
+        "expert data parallel 2 [0, 4] [1, 5] [2, 6] [3, 7]",
+        "0 0-1, 4-5 0-3",
+        "1 2-3, 6-7 4-7",
+        "parallel.expert_tensor above 1 yes no yes",
+    ):
+        assert line in lines
+
+
 def test_config_abbreviates_large_layouts():
     sizes = ["parallel.expert=32", "moe.num_experts=64", "training.global_batch_size=640", "--ranks", "640"]
     lines = lines_of(run("config", "config.yaml", *sizes, "engine.sharding=replicate"))

@@ -15,7 +15,6 @@ MESSAGES = [
         r"parallel\.tensor: 2 is not offered by engine.name: native \(.*\); use 1, or engine.name: deepspeed or .*",
     ),
     (["parallel.pipeline=2"], None, r"parallel\.pipeline: 2 .* use 1, or engine.name: megatron"),
-    (["parallel.expert_tensor=2"], None, r"parallel\.expert_tensor: 2 .* use 1, or engine.name: megatron"),
     (["engine.name=megatron", "parallel.tensor=2"], None, r"engine\.name: 'megatron' is not built in .*; use native"),
     # Model
     (["model.num_heads=3"], None, r"model\.num_heads: 3 does not divide model.hidden_size = 256; choose a divisor, .*"),
@@ -65,6 +64,55 @@ MESSAGES = [
         None,
         r"moe\.backend: grouped_mm .*; use auto, cpu or loop",
     ),
+    (
+        ["moe.backend=loop", "moe.recompute=experts"],
+        None,
+        r"moe\.recompute: experts needs moe.backend: cpu or grouped_mm, not loop; .*, or moe.recompute: activation",
+    ),
+    # Dispatch
+    (
+        ["parallel.dispatch=hierarchical"],
+        None,
+        r"parallel\.dispatch: 'hierarchical' has no effect with parallel.expert: 1; .*",
+    ),
+    (["parallel.ranks_per_node=2"], None, r"parallel\.ranks_per_node: 2 has no effect with parallel.expert: 1; .*"),
+    (
+        ["parallel={expert: 4, dispatch: hierarchical, ranks_per_node: 3}"],
+        None,
+        r"parallel\.ranks_per_node: 3 does not divide the 4 ranks of an expert-parallel group into two or more nodes; "
+        r"use a smaller divisor, or parallel.dispatch: flat",
+    ),
+    (
+        ["parallel={expert: 2, expert_tensor: 2, dispatch: hierarchical, ranks_per_node: 4}"],
+        None,
+        r"parallel\.ranks_per_node: 4 does not divide the 4 ranks .*",
+    ),
+    (
+        ["parallel={expert: 4, dispatch: deepep}", "model.hidden_size=264", "training.precision=float32"],
+        None,
+        r"parallel\.dispatch: deepep needs a multiple of 16 .*, not 264; use flat or hierarchical\n"
+        r"parallel\.dispatch: deepep moves bfloat16, not training.precision: float32; use flat or hierarchical",
+    ),
+    (
+        ["parallel={expert: 4, dispatch: deepep}", "routing.capacity={factor: 1.0, pad: true}"],
+        None,
+        r"parallel\.dispatch: deepep does not carry the padded slots of routing.capacity.pad: true; .*",
+    ),
+    (
+        ["parallel={expert: 4, dispatch: deepep}", "routing.method=expert_choice"],
+        None,
+        r"parallel\.dispatch: deepep does not carry the padded slots of routing.method: expert_choice; .*",
+    ),
+    (
+        ["parallel={expert: 4, dispatch: deepep}", "routing.method=expert_threshold", "moe.num_experts=64"],
+        None,
+        r"parallel\.dispatch: deepep sends a token to at most 32 experts, and here one may have 64; .*",
+    ),
+    (
+        ["parallel={expert: 6, dispatch: deepep}", "moe.num_experts=12"],
+        None,
+        r"parallel\.dispatch: deepep has no settings for expert-parallel groups of 6 ranks; use one of 2, 4, 8, .*",
+    ),
     # Ranks
     ([], 0, r"--ranks: 0 is not valid; it should be 1 or a multiple of it"),
     (["parallel.expert=2"], 3, r"--ranks: 3 is not valid; .* 2 or a multiple of it, because of parallel.expert = 2"),
@@ -77,6 +125,26 @@ MESSAGES = [
         ["parallel.expert_map=[0,1]"],
         None,
         r"parallel\.expert_map: has 2 entries; it needs one rank for each of 8 experts",
+    ),
+    (
+        ["parallel.expert=2", "parallel.expert_tensor=2"],
+        2,
+        r"--ranks: 2 is not valid; .* 4 or a multiple of it, because of parallel.expert = 2 and parallel.expert_tensor = 2",
+    ),
+    (
+        ["parallel.expert_tensor=3"],
+        3,
+        r"parallel\.expert_tensor: 3 does not divide moe.ffn_size = 704; use a divisor",
+    ),
+    (
+        ["parallel.expert_tensor=4", "moe.num_experts=10000"],
+        4,
+        r"parallel\.expert_tensor: 4 slices of each of moe.num_experts = 10000 are more than 32767 together; use at most 3",
+    ),
+    (
+        ["parallel.expert_tensor=2", "moe.ffn_size=6"],
+        4,
+        r"moe\.ffn_size: 6 is not a multiple of the 2 ranks x parallel.expert_tensor = 2 slices over which .*",
     ),
     (
         ["parallel.expert=2", "parallel.expert_map=[0,0,0,0,2,2,2,2]"],
@@ -138,6 +206,10 @@ def test_message(load, overrides, num_ranks, message):
         ([], None),
         ([], 16),
         (["parallel.expert=4"], 8),
+        (["parallel={expert: 4, dispatch: hierarchical}"], 8),
+        (["parallel={expert: 4, dispatch: hierarchical, ranks_per_node: 2}"], 8),
+        (["parallel={expert: 8, ranks_per_node: 8}"], None),
+        (["parallel={expert: 8, dispatch: deepep}", "training.precision=bfloat16"], None),
         (
             [
                 "parallel.expert=2",
@@ -155,6 +227,8 @@ def test_message(load, overrides, num_ranks, message):
         (["routing.capacity={factor: 0.1}", "routing.group=rank"], 2),
         (["routing.bias={rule: sign, rate: 0.005, final_rate: 0.001}"], None),
         (["moe.ffn_size=7", "engine.sharding=replicate"], 2),
+        (["parallel.expert=2", "parallel.expert_tensor=2", "parallel.expert_map=[0,0,0,0,0,0,0,1]"], 8),
+        (["parallel.expert_tensor=2", "moe.ffn_size=6", "engine.sharding=replicate"], 4),
         (["data.source=files", "data.paths=[config.yaml]"], None),
         (["data.source=files", "data.paths=[.]", "data.suffixes=[.yaml]"], None),
         (["training.optimizer={name: sgd, momentum: 0.9, max_grad_norm: null}"], None),

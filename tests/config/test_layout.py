@@ -6,15 +6,17 @@ from hypothesis import strategies as st
 from moe_dist.config import Layout, build_config, layout_dependence, layout_of
 from moe_dist.config.layout import moe_layers, owner_of_expert
 
-LAYOUTS = st.tuples(st.integers(1, 6), st.integers(1, 6), st.integers(1, 4), st.integers(1, 4))
+LAYOUTS = st.tuples(st.integers(1, 6), st.integers(1, 6), st.integers(1, 4), st.integers(1, 4), st.integers(1, 4))
 
 
-def layout_for(expert: int, expert_data: int, micro_batch_size: int, accumulation_steps: int) -> Layout:
-    num_ranks = expert * expert_data
+def layout_for(
+    expert: int, expert_data: int, micro_batch_size: int, accumulation_steps: int, expert_tensor: int = 1
+) -> Layout:
+    num_ranks = expert * expert_data * expert_tensor
     config = build_config(
         {
-            "parallel": {"expert": expert},
-            "moe": {"num_experts": 60},
+            "parallel": {"expert": expert, "expert_tensor": expert_tensor},
+            "moe": {"num_experts": 60, "ffn_size": 12},
             "engine": {"sharding": "replicate"},
             "training": {
                 "global_batch_size": num_ranks * micro_batch_size * accumulation_steps,
@@ -29,19 +31,20 @@ def layout_for(expert: int, expert_data: int, micro_batch_size: int, accumulatio
 @settings(deadline=None)
 @given(LAYOUTS)
 def test_sizes_multiply_to_the_whole(sizes):
-    expert, expert_data, micro_batch_size, accumulation_steps = sizes
+    expert, expert_data, micro_batch_size, accumulation_steps, expert_tensor = sizes
     layout = layout_for(*sizes)
-    assert (layout.expert, layout.expert_data) == (expert, expert_data)
-    assert layout.num_ranks == layout.data == expert * expert_data
+    assert (layout.expert, layout.expert_tensor, layout.expert_data) == (expert, expert_tensor, expert_data)
+    assert layout.num_ranks == layout.data == expert * expert_tensor * expert_data
     assert (layout.micro_batch_size, layout.accumulation_steps) == (micro_batch_size, accumulation_steps)
 
 
 @settings(deadline=None)
 @given(LAYOUTS)
-def test_both_kinds_of_groups_partition_the_data_ranks(sizes):
+def test_all_kinds_of_groups_partition_the_data_ranks(sizes):
     layout = layout_for(*sizes)
     for groups, size in (
-        (layout.expert_groups(), layout.expert),
+        (layout.expert_groups(), layout.expert * layout.expert_tensor),
+        (layout.expert_tensor_groups(), layout.expert_tensor),
         (layout.expert_data_groups(), layout.expert_data),
     ):
         assert sorted(rank for group in groups for rank in group) == list(range(layout.data))
@@ -61,6 +64,10 @@ def test_groups_by_hand():
     layout = layout_for(2, 3, 1, 1)
     assert layout.expert_groups() == [[0, 1], [2, 3], [4, 5]]
     assert layout.expert_data_groups() == [[0, 2, 4], [1, 3, 5]]
+    layout = layout_for(2, 2, 1, 1, expert_tensor=2)
+    assert layout.expert_groups() == [[0, 1, 2, 3], [4, 5, 6, 7]]
+    assert layout.expert_tensor_groups() == [[0, 1], [2, 3], [4, 5], [6, 7]]
+    assert layout.expert_data_groups() == [[0, 4], [1, 5], [2, 6], [3, 7]]
 
 
 def test_without_a_micro_batch_size_nothing_is_accumulated():

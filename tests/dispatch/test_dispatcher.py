@@ -126,7 +126,13 @@ def journey(share: Share, expert_map: ExpertMap, weight_on: str, slots: int | No
     grads = {e: w.grad if w.grad is not None else torch.zeros(H + 1, H) for e, w in zip(own, weights, strict=True)}
     backward = exchange.call_count - forward
     return Result(
-        out.detach(), hidden.grad, routing.weight_P.grad, grads, segments.sizes, ticket.send, (forward, backward)
+        out.detach(),
+        hidden.grad,
+        routing.weight_P.grad,
+        grads,
+        segments.sizes,
+        ticket.journey.send,
+        (forward, backward),
     )
 
 
@@ -141,8 +147,13 @@ def run(shares: list[Share], *args: Any) -> list[Result]:
 def check_against_the_dense_sum(
     shares: list[Share], expert_map: ExpertMap, weight_on: str = "output", slots: int | None = None
 ) -> list[Result]:
-    """Outputs and gradients of all ranks; an expert's gradient is complete on its owner."""
     results = run(shares, expert_map, weight_on, slots)
+    check_results(results, shares, weight_on)
+    return results
+
+
+def check_results(results: list[Result], shares: list[Share], weight_on: str) -> None:
+    """Outputs and gradients of all ranks; an expert's gradient is complete on its owner."""
     weights = [expert_weight(e).requires_grad_() for e in range(E)]
     total = torch.zeros((), dtype=torch.float64)
     for share, result in zip(shares, results, strict=True):
@@ -165,7 +176,6 @@ def check_against_the_dense_sum(
     assert sorted(owned) == list(range(E))
     for expert, grad in owned.items():
         close(grad.double(), grads[expert])
-    return results
 
 
 def close(actual: torch.Tensor, expected: torch.Tensor) -> None:
@@ -285,7 +295,7 @@ def test_bfloat16_rows_are_added_up_in_the_format_of_the_weights() -> None:
     values = torch.tensor([256.0] + [1.0] * (E - 1), dtype=torch.bfloat16)[:, None].expand(E, H)
     ones = torch.ones(E)
     out = AllToAllDispatcher(MAPS["contiguous of 1"], None).combine(
-        values.contiguous(), type(ticket)(ticket.plan, ones, ticket.send, ticket.receive, None)
+        values.contiguous(), type(ticket)(ticket.journey, ones)
     )
     assert out.dtype == rows.dtype == torch.bfloat16
     assert out.tolist() == [[264.0] * H]  # 263, rounded once

@@ -74,14 +74,18 @@ RECIPES: dict[str, Tree] = {
 }
 
 
-def layout(num_ranks: int, expert: int = 1, *changes: Tree, owners: tuple[int, ...] | None = None) -> tuple[int, Tree]:
+def layout(
+    num_ranks: int, expert: int = 1, *changes: Tree, owners: tuple[int, ...] | None = None, slices: int = 1
+) -> tuple[int, Tree]:
     """The number of ranks and the keys of a layout."""
-    expert_map = list(owners) if owners else None
-    return num_ranks, changed({"parallel": {"expert": expert, "expert_map": expert_map}}, *changes)
+    parallel = {"expert": expert, "expert_map": list(owners) if owners else None, "expert_tensor": slices}
+    return num_ranks, changed({"parallel": parallel}, *changes)
 
 
 FULL = {"engine": {"sharding": "full"}}
 RECOMPUTED = {"model": {"activation_checkpointing": "all"}}
+TWO_NODES = {"parallel": {"dispatch": "hierarchical", "ranks_per_node": 2}}
+NODES_OF_ONE = {"parallel": {"dispatch": "hierarchical", "ranks_per_node": 1}}
 
 
 def micro_batches_of(sequences: int) -> Tree:
@@ -110,6 +114,21 @@ LAYOUTS: dict[str, tuple[int, Tree]] = {
     "4 ranks, expert 4": layout(4, 4),
     "4 ranks, expert 4, shuffled, accumulated": layout(4, 4, micro_batches_of(1), owners=(3, 0, 2, 1, 0, 3, 1, 2)),
     "4 ranks, expert 4, sharded": layout(4, 4, FULL),
+    "4 ranks, expert 4, 2 nodes": layout(4, 4, TWO_NODES),
+    "4 ranks, expert 4, 2 nodes, shuffled, recomputed": layout(
+        4, 4, TWO_NODES, FULL, RECOMPUTED, owners=(3, 0, 2, 1, 0, 3, 1, 2)
+    ),
+    "4 ranks, expert 2, 2 nodes, accumulated": layout(4, 2, NODES_OF_ONE, micro_batches_of(1)),
+    "2 ranks, slices 2": layout(2, slices=2),
+    "2 ranks, slices 2, sharded, recomputed": layout(2, 1, FULL, RECOMPUTED, slices=2),
+    "4 ranks, slices 2, accumulated, sharded": layout(4, 1, FULL, micro_batches_of(1), slices=2),
+    "4 ranks, slices 2": layout(4, slices=2),
+    "4 ranks, slices 4": layout(4, slices=4),
+    "4 ranks, slices 4, 2 nodes": layout(4, 1, TWO_NODES, slices=4),
+    "4 ranks, expert 2, slices 2": layout(4, 2, slices=2),
+    "4 ranks, expert 2, slices 2, unequal, recomputed": layout(
+        4, 2, RECOMPUTED, owners=(1, 0, 0, 0, 1, 0, 1, 0), slices=2
+    ),
 }
 
 OVER_ALL_TOKENS = ("sinkhorn, global", "optimal_transport, global", "base", "noisy_top_k")
@@ -131,6 +150,14 @@ CASES: dict[str, dict[str, int]] = {
         "4 ranks, expert 2, unequal, accumulated, sharded": 3,
         "4 ranks, expert 4": 20,
         "4 ranks, expert 4, shuffled, accumulated": 20,
+        "4 ranks, expert 4, 2 nodes": 20,
+        "4 ranks, expert 4, 2 nodes, shuffled, recomputed": 3,
+        "4 ranks, expert 2, 2 nodes, accumulated": 3,
+        "2 ranks, slices 2": 20,
+        "4 ranks, slices 2, accumulated, sharded": 3,
+        "4 ranks, slices 4": 3,
+        "4 ranks, slices 4, 2 nodes": 3,
+        "4 ranks, expert 2, slices 2, unequal, recomputed": 20,
     },
     "sgd": {
         "2 ranks, data": 20,
@@ -141,18 +168,25 @@ CASES: dict[str, dict[str, int]] = {
         "4 ranks, expert 2": 20,
         "4 ranks, expert 2, sharded": 3,
         "4 ranks, expert 4, sharded": 3,
+        "2 ranks, slices 2, sharded, recomputed": 3,
+        "4 ranks, slices 2": 20,
+        "4 ranks, expert 2, slices 2": 3,
     },
     "adamw, packed capacity": {
         "2 ranks, data": 3,
         "2 ranks, expert 2": 20,
         "4 ranks, expert 2, shuffled, recomputed": 3,
         "4 ranks, expert 4, shuffled, accumulated": 20,
+        "4 ranks, expert 2, slices 2": 3,
     },
     "adamw, padded capacity": {
+        "4 ranks, expert 4, 2 nodes, shuffled, recomputed": 3,
         "1 rank, accumulated and recomputed": 3,
         "2 ranks, expert 2, accumulated": 3,
         "2 ranks, expert 2, unequal": 3,
         "4 ranks, expert 2, shuffled, recomputed": 20,
+        "4 ranks, slices 2, accumulated, sharded": 3,
+        "4 ranks, expert 2, slices 2, unequal, recomputed": 3,
     },
     "sgd, padded capacity": {
         "2 ranks, expert 2, recomputed": 20,
@@ -166,6 +200,7 @@ CASES: dict[str, dict[str, int]] = {
     },
     "sgd, float32": {
         "2 ranks, expert 2": 20,
+        "4 ranks, expert 2, slices 2": 20,
     },
     **{name: {"2 ranks, expert 2, recomputed": 3, "4 ranks, expert 4": 3} for name in OVER_ALL_TOKENS},
     **{
@@ -174,6 +209,13 @@ CASES: dict[str, dict[str, int]] = {
         if name not in OVER_ALL_TOKENS
     },
 }
+# Slices are of a routing that is made: what it may have is equal numbers of slots, and weights of identity experts.
+for name in ("zero experts", "expert_choice", "optimal_transport", "gatepro_ot"):
+    CASES[name]["4 ranks, expert 2, slices 2, unequal, recomputed"] = 3
+# Between nodes travels what the routing says: numbers of experts that vary by token, and padded slots.
+for name in ("expert_threshold", "optimal_transport"):
+    CASES[name]["4 ranks, expert 4, 2 nodes"] = 3
+CASES["optimal_transport"]["4 ranks, slices 4, 2 nodes"] = 3
 
 GRADIENTS_AT = (0, 2, 19)
 

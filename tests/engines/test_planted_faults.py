@@ -57,6 +57,26 @@ def expert_gradients_over_ranks() -> Any:
     return after_accumulate(change)
 
 
+def expert_gradients_over_slices() -> Any:
+    """As if expert gradients were averaged over the ranks that hold slices of the same experts."""
+
+    def change(engine: NativeEngine) -> None:
+        for name, parameter in engine.model.named_parameters():
+            if is_expert(name):
+                local_tensor(parameter.grad).div_(engine.layout.expert_tensor)
+
+    return after_accumulate(change)
+
+
+def slices_reduced_as_if_the_same() -> Any:
+    """Gradients of different slices of the same experts are added up."""
+
+    def faulty(model: Any, groups: Any, engine: Any) -> Any:
+        return distribute(model, dataclasses.replace(groups, expert_data=groups.expert), engine)
+
+    return patch.object(native, "distribute", faulty)
+
+
 def dense_gradients_reduced_twice() -> Any:
     """A second sum over ranks that have the sum already."""
 
@@ -141,6 +161,12 @@ PLANTS = {
         EXPERT_GRADIENT + "on rank 2 is not that of other ranks",
         spares=DENSE_GRADIENT,
     ),
+    "experts scaled by 1 / slices": Plant(
+        expert_gradients_over_slices, "2 ranks, slices 2", EXPERT_GRADIENT + "is off by", spares=DENSE_GRADIENT
+    ),
+    "slices reduced as if they were the same": Plant(
+        slices_reduced_as_if_the_same, "2 ranks, slices 2", EXPERT_GRADIENT + "is off by", spares=DENSE_GRADIENT
+    ),
     "dense reduced twice": Plant(
         dense_gradients_reduced_twice, "2 ranks, expert 2", DENSE_GRADIENT, spares=EXPERT_GRADIENT
     ),
@@ -153,6 +179,13 @@ PLANTS = {
     "clip norm counts experts EP times": Plant(
         norm_counts_experts_on_every_rank,
         "2 ranks, expert 2",
+        "step 0: gradient norm",
+        spares=ANY_GRADIENT,
+        recipe="adamw",
+    ),
+    "clip norm counts each slice as a whole": Plant(
+        norm_counts_experts_on_every_rank,
+        "2 ranks, slices 2",
         "step 0: gradient norm",
         spares=ANY_GRADIENT,
         recipe="adamw",

@@ -39,6 +39,10 @@ def rows_of(size: int, shards: int, place: int) -> int:
         ("4 ranks, expert 2", 1, 4, 1, 2),
         ("4 ranks, expert 2, sharded", 4, 1, 2, 1),
         ("4 ranks, expert 4, sharded", 4, 1, 1, 1),
+        ("2 ranks, slices 2", 1, 2, 1, 1),
+        ("4 ranks, slices 2", 1, 4, 1, 2),
+        ("4 ranks, slices 2, accumulated, sharded", 4, 1, 2, 1),
+        ("4 ranks, expert 2, slices 2, unequal, recomputed", 1, 4, 1, 1),
     ],
 )
 def test_each_rank_holds_its_part(
@@ -46,14 +50,14 @@ def test_each_rank_holds_its_part(
 ) -> None:
     num_ranks, changes = LAYOUTS[layout]
     config = build_config(changed(BASE, changes), num_ranks)
-    owners, ranks_of_experts = owner_of_expert(config), config.parallel.expert
+    owners, ranks_of_experts, slices = owner_of_expert(config), config.parallel.expert, config.parallel.expert_tensor
     for rank, (values, moments, copies, wrapped) in enumerate(run_ranks(num_ranks, held, changed(BASE, changes))):
         assert values == moments
         # Three layers and the whole, and the experts of two layers where another rank holds the same.
         assert wrapped == (0 if num_ranks == 1 else 6 if expert_shards * expert_copies > 1 else 4)
         for name, parameter in Transformer(build_config(BASE), VOCABULARY).named_parameters():
             if ".moe.experts." in name:
-                own = owners.count(rank % ranks_of_experts) * parameter[0].numel() // expert_shards
+                own = owners.count(rank // slices % ranks_of_experts) * parameter[0].numel() // slices // expert_shards
                 assert (values[name], copies[name]) == (own, expert_copies), name
             else:
                 rows = rows_of(len(parameter), dense_shards, rank % dense_shards)

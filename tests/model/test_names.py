@@ -76,10 +76,13 @@ def distributed_names(tree: Tree) -> tuple[dict[str, tuple[int, ...]], dict[str,
 
 
 @pytest.mark.parametrize("sharding", ["full", "replicate"])
-@pytest.mark.parametrize(("num_ranks", "expert"), [(2, 1), (2, 2), (4, 2)])
-def test_names_and_shapes_do_not_depend_on_the_layout(num_ranks: int, expert: int, sharding: str) -> None:
+@pytest.mark.parametrize(("num_ranks", "expert", "slices"), [(2, 1, 1), (2, 2, 1), (4, 2, 1), (2, 1, 2), (4, 1, 2)])
+def test_names_and_shapes_do_not_depend_on_the_layout(num_ranks: int, expert: int, slices: int, sharding: str) -> None:
     alone = {name: tuple(tensor.shape) for name, tensor in global_tensors(make_model())}
-    changes: dict[str, Any] = {"parallel": {"expert": expert}, "engine": {"sharding": sharding}}
+    changes: dict[str, Any] = {
+        "parallel": {"expert": expert, "expert_tensor": slices},
+        "engine": {"sharding": sharding},
+    }
     names: set[str] = set()
     for shapes, tensors, plain in run_ranks(num_ranks, distributed_names, changed(BASE, changes)):
         assert shapes == {name: alone[name] for name in shapes}

@@ -192,6 +192,8 @@ LAYOUTS = {
         4,
         {"parallel": {"expert": 2, "expert_map": [1, 0, 1, 1, 1, 0, 1, 1]}, "engine": {"sharding": "full"}},
     ),
+    "4 ranks, slices 2, sharded": (4, {"parallel": {"expert_tensor": 2}, "engine": {"sharding": "full"}}),
+    "4 ranks, expert 2, slices 2": (4, {"parallel": {"expert": 2, "expert_tensor": 2}}),
 }
 
 

@@ -14,8 +14,8 @@ SINGLE = Environment(0, 1, 0, 1, "127.0.0.1", 0, "single")
 THIRD_OF_FOUR = Environment(2, 4, 2, 4, "127.0.0.1", 1, "slurm")
 
 
-def members(expert_parallel: int) -> dict[str, list[int]]:
-    groups = build_groups(expert_parallel, torch.device("cpu"))
+def members(expert_parallel: int, expert_tensor: int = 1) -> dict[str, list[int]]:
+    groups = build_groups(expert_parallel, torch.device("cpu"), expert_tensor)
     names = ("data", "expert", "expert_data")
     return {name: dist.get_process_group_ranks(getattr(groups, name).get_group()) for name in names}
 
@@ -27,6 +27,29 @@ def test_expert_parallelism_folds_over_the_data_ranks() -> None:
         {"data": [0, 1, 2, 3], "expert": [2, 3], "expert_data": [0, 2]},
         {"data": [0, 1, 2, 3], "expert": [2, 3], "expert_data": [1, 3]},
     ]
+
+
+def test_slices_of_an_expert_are_on_consecutive_ranks() -> None:
+    assert run_ranks(4, members, 1, 2) == [
+        {"data": [0, 1, 2, 3], "expert": [0, 1], "expert_data": [0, 2]},
+        {"data": [0, 1, 2, 3], "expert": [0, 1], "expert_data": [1, 3]},
+        {"data": [0, 1, 2, 3], "expert": [2, 3], "expert_data": [0, 2]},
+        {"data": [0, 1, 2, 3], "expert": [2, 3], "expert_data": [1, 3]},
+    ]
+    assert run_ranks(4, members, 2, 2) == [
+        {"data": [0, 1, 2, 3], "expert": [0, 1, 2, 3], "expert_data": [rank]} for rank in range(4)
+    ]
+
+
+def ranks_with_the_same_experts(expert_parallel: int, expert_tensor: int) -> list[list[int]]:
+    return build_groups(expert_parallel, torch.device("cpu"), expert_tensor).same_experts.mesh.tolist()
+
+
+def test_slices_come_before_shards() -> None:
+    """[expert_tensor, expert_data]."""
+    assert run_ranks(4, ranks_with_the_same_experts, 1, 2) == [[[0, 2], [1, 3]]] * 4
+    assert run_ranks(4, ranks_with_the_same_experts, 2, 2) == [[[0], [1]], [[0], [1]], [[2], [3]], [[2], [3]]]
+    assert run_ranks(4, ranks_with_the_same_experts, 2, 1) == [[[0, 2]], [[1, 3]], [[0, 2]], [[1, 3]]]
 
 
 @pytest.fixture

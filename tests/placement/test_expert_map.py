@@ -24,3 +24,19 @@ def test_slots_are_ordered_by_owner_and_hold_each_expert_once(owners: list[int])
     assert sorted(owners) == [owners[e] for e in placed.expert_of_slot_E.tolist()]
     assert torch.equal(placed.expert_of_slot_E[placed.slot_E], torch.arange(len(owners)))
     assert placed.num_experts_of_rank == [owners.count(rank) for rank in range(max(owners) + 1)]
+
+
+def test_slices_by_hand() -> None:
+    """Expert 1 on rank 0, experts 0 and 2 on rank 1; each rank becomes two."""
+    sliced = ExpertMap(((1,), (2, 0))).sliced(2)
+    assert sliced.experts_of_rank == ((2,), (3,), (4, 0), (5, 1))
+
+
+@given(st.lists(st.integers(0, 3), min_size=1, max_size=20).map(ExpertMap.from_owners), st.integers(1, 4))
+def test_each_slice_is_on_its_own_rank_of_those_of_its_expert(placed: ExpertMap, slices: int) -> None:
+    sliced = placed.sliced(slices).experts_of_rank
+    assert len(sliced) == slices * len(placed.experts_of_rank)
+    for rank, numbers in enumerate(sliced):
+        assert tuple(number // slices for number in numbers) == placed.experts_of_rank[rank // slices]
+        assert {number % slices for number in numbers} <= {rank % slices}
+    assert placed.sliced(1) == placed

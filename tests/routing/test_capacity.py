@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from moe_dist import MoELayer
 from moe_dist.config.routing import CapacityConfig, RoutingConfig, SequenceGroup
 from moe_dist.config.schema import MoEConfig
-from moe_dist.routing import Routing, Tokens, build_router
+from moe_dist.routing import Routing, Tokens, build_router, real_pairs
 from moe_dist.routing.capacity import apply_capacity, capacity_of_group
 from moe_dist.routing.random import key_of, uniform
 from tests.support.distributed import run_ranks
@@ -111,7 +111,8 @@ def drop(
     )
     best_T = torch.tensor(case.best or [0.0] * case.tokens, dtype=torch.float64)
     config = config_of(case, group, **capacity)
-    return apply_capacity(routing_of(case, weights), config, tokens, best_T, key, training, process_group)
+    routing = apply_capacity(routing_of(case, weights), config, tokens, best_T, key, training, process_group)
+    return real_pairs(routing)
 
 
 def pairs_of(routing: Routing) -> list[Pair]:

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import nn
 
 from moe_dist.config.routing import RoutingConfig
-from moe_dist.routing import Routing, Tokens, build_router
+from moe_dist.routing import Routing, Tokens, build_router, real_pairs
 from moe_dist.routing.balance import sum_over_ranks
 from moe_dist.routing.random import key_of, permutation
 from tests.support.distributed import run_ranks
@@ -47,7 +47,7 @@ def make_hidden(tokens: int = SEQUENCES * LENGTH, seed: int = 1) -> torch.Tensor
 def train_step(router: nn.Module, hidden: torch.Tensor, tokens: Tokens) -> Routing:
     routing = router(hidden, tokens)
     router.update(sum_over_ranks([router.balance], router.data_parallel_group)[0], 0.0)
-    return routing
+    return real_pairs(routing)
 
 
 def counts(routing: Routing, rows: slice) -> list[int]:

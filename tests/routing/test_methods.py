@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from moe_dist.config import methods
 from moe_dist.config.routing import RoutingConfig
-from moe_dist.routing import Routing, Tokens, build_router
+from moe_dist.routing import Routing, Tokens, build_router, real_pairs
 from moe_dist.routing.balance import Totals, sum_over_ranks
 from moe_dist.routing.observation import means
 from tests.support.distributed import run_ranks
@@ -90,8 +90,13 @@ def same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> boo
 
 def check(routing: Routing, router: nn.Module, num_tokens: int, padding: torch.Tensor | None = None) -> None:
     """The routing contract."""
-    pairs = list(zip(routing.token_P.tolist(), routing.expert_P.tolist(), strict=True))
     assert routing.token_P.tolist() == sorted(routing.token_P.tolist())
+    vacant = routing.expert_P == router.num_experts
+    assert torch.equal(vacant, routing.token_P == num_tokens)  # so they stand last
+    assert not (routing.weight_P[vacant] != 0).any()
+    assert routing.pairs_per_expert is not None or not vacant.any()
+    routing = real_pairs(routing)
+    pairs = list(zip(routing.token_P.tolist(), routing.expert_P.tolist(), strict=True))
     assert len(set(pairs)) == len(pairs)
     assert all(0 <= token < num_tokens and 0 <= expert < router.num_experts for token, expert in pairs)
     load = routing.expert_P.bincount(minlength=router.num_experts)
@@ -206,6 +211,7 @@ def follow(num_parts: int) -> dict[tuple[str, str], dict[str, Any]]:
                 tokens = make_tokens(rows, SEQUENCES // num_parts, step=step, padding_T=rows % (5 + step) == 0)
                 router.train(step < 2)
                 routing, totals = train_step(router, make_hidden(seed=step)[rows], tokens)
+                routing = real_pairs(routing)
                 pairs.append(list(zip(rows[routing.token_P].tolist(), routing.expert_P.tolist(), strict=True)))
                 weights.append(routing.weight_P.detach())
                 statistics.append((totals["load_E"].tolist(), totals["tokens"].item(), means(totals)))
@@ -294,7 +300,7 @@ def test_nothing_but_padding(case: str) -> None:
             router.train(mode)
             routing, _ = train_step(router, make_hidden(), make_tokens(torch.arange(T), SEQUENCES, padding_T=padding))
             check(routing, router, T, padding)
-            assert len(routing.token_P) == 0
+            assert len(real_pairs(routing).token_P) == 0
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])

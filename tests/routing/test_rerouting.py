@@ -86,8 +86,13 @@ def config_of(case: Case, group: Any = None, **capacity: Any) -> RoutingConfig:
     if capacity.get("level") == "expert_group":
         tree["expert_groups"] = {"count": case.expert_groups}
     if case.zero_experts:
-        tree["zero_experts"] = {"count": case.zero_experts, "target": case.top_k / 2}
+        tree["zero_experts"] = {"count": case.zero_experts, "target": target_of(case)}
     return RoutingConfig.model_validate(tree)
+
+
+def target_of(case: Case) -> float:
+    """Routed experts of a token on average where there are zero-computation experts."""
+    return case.top_k / 2
 
 
 def choice_of(case: Case) -> Choice:
@@ -113,9 +118,12 @@ def run(
     process_group: dist.ProcessGroup | None = None,
     **capacity: Any,
 ) -> Choice:
+    """With the weights and best scores that the selection scores themselves would be."""
     config, selection_TE = config_of(case, group, **capacity), torch.tensor(case.selection, dtype=torch.float64)
-    tokens = tokens_of(case, first_token)
-    return reroute(choice_of(case), selection_TE, config, tokens, KEY, training, process_group)
+    tokens, best_T = tokens_of(case, first_token), selection_TE.amax(1)
+    return reroute(
+        choice_of(case), selection_TE, selection_TE, best_T, config, tokens, KEY, training, process_group
+    )
 
 
 def experts_of(choice: Choice) -> list[list[int]]:
@@ -139,7 +147,8 @@ class Buckets:
         self.case = case
         self.count = case.experts if level == "expert" else case.expert_groups
         most = case.length * (case.experts // self.count)
-        self.room = max(1, min(most, math.ceil(case.factor * case.top_k * case.length / self.count - 1e-9)))
+        routed = target_of(case) if case.zero_experts else case.top_k  # experts of a token
+        self.room = max(1, min(most, math.ceil(case.factor * routed * case.length / self.count - 1e-9)))
 
     def of(self, token: int, expert: int) -> tuple[int, int] | None:
         """None for a zero-computation expert, which has room for everybody."""
@@ -167,7 +176,7 @@ def priority(case: Case, policy: str, token: int, expert: int) -> tuple[float, .
         "position": 0.0,
         "weight": case.selection[token][expert],
         "batch_priority": max(case.selection[token]),
-        "random": uniform(KEY, 0, torch.tensor([token * case.all_experts + expert])).item(),
+        "random": uniform(KEY, 0, torch.tensor([token * case.experts + expert])).item(),
     }[policy]
     return first, -token, -preferences(case, token).index(expert)
 
@@ -294,7 +303,9 @@ def test_tokens_that_want_nothing_get_nothing_and_take_no_room() -> None:
 def test_a_batch_without_tokens() -> None:
     case = Case(1, 0, 4, 2, 1.0, (), ())
     config, empty_TE = config_of(case), torch.zeros(0, 4)
-    final = reroute(choice_of(case), empty_TE, config, Tokens(num_sequences=2), KEY, True, None)
+    final = reroute(
+        choice_of(case), empty_TE, empty_TE, torch.zeros(0), config, Tokens(num_sequences=2), KEY, True, None
+    )
     assert final.expert_TK.shape == (0, 2)
     assert lost(choice_of(case), final, 4).tolist() == [0] * 4
 

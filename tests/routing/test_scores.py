@@ -18,7 +18,8 @@ from moe_dist.config.routing import ExpertGroupsConfig, RoutingConfig
 from moe_dist.config.schema import MoEConfig
 from moe_dist.routing import Tokens, build_router
 from moe_dist.routing.random import key_of, uniform
-from moe_dist.routing.scores import expert_scores, limit_to_groups
+from moe_dist.routing.scores import combine_weights, expert_scores, limit_to_groups
+from moe_dist.routing.types import Choice
 from tests.support.precision import float32_means_float64
 
 H, E, K, T = 6, 8, 3, 40
@@ -150,6 +151,84 @@ def test_llama_weights_act_on_the_input() -> None:
     out = layer(make_hidden())
     torch.testing.assert_close(out, torch.stack(expected), rtol=1e-11, atol=1e-12)
     assert (out - torch.stack(by_output)).abs().max() > 0.01
+
+
+# Gradients of few chosen experts.
+
+
+def plain_weights(logits: torch.Tensor, chosen: torch.Tensor, score: str, renormalise: bool) -> torch.Tensor:
+    """By operators of torch on all logits, so with dense gradients."""
+    scores = {
+        "softmax": lambda: logits.softmax(1),
+        "softmax_top_k": lambda: logits.exp(),
+        "sigmoid": logits.sigmoid,
+        "sqrt_softplus": lambda: nn.functional.softplus(logits).sqrt(),
+    }[score]()
+    raw = scores.gather(1, chosen)
+    return raw / raw.sum(1, keepdim=True) if renormalise or score == "softmax_top_k" else raw
+
+
+MANY = 4 * K
+"""The fewest experts for which K are few."""
+
+
+@pytest.mark.parametrize("num_experts", [MANY - 1, MANY])
+@pytest.mark.parametrize(
+    ("score", "renormalise"),
+    [
+        ("softmax", False),
+        ("softmax", True),
+        ("softmax_top_k", False),
+        ("sigmoid", False),
+        ("sigmoid", True),
+        ("sqrt_softplus", True),
+    ],
+)
+@pytest.mark.parametrize("extra", [{}, {"temperature": 0.5}, {"losses": {"z": {"coefficient": 0.3}}}])
+def test_gradients_of_few_experts_are_those_of_all(
+    num_experts: int, score: str, renormalise: bool, extra: dict[str, Any]
+) -> None:
+    """Also where a bias and a loss on all logits take part."""
+    router = make_router(num_experts, score=score, renormalise=renormalise, router_bias=True, **extra)
+    router.bias.data.copy_(torch.linspace(-1, 1, num_experts, dtype=torch.float64))
+    inputs = [make_hidden().requires_grad_(), router.weight, router.bias]
+    routing = router(inputs[0], Tokens())
+    direction = torch.randn(T, K, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    loss = (routing.weight_P.view(T, K) * direction).sum() + sum(routing.losses.values())
+    actual = torch.autograd.grad(loss, inputs)
+    logits = (inputs[0] @ router.weight.T + router.bias) / router.routing.temperature
+    weights = plain_weights(logits, routing.expert_P.view(T, K), score, renormalise)
+    torch.testing.assert_close(routing.weight_P, weights.flatten(), rtol=1e-12, atol=0)
+    expected = (weights * direction).sum() + router.routing.losses.z.coefficient * logits.logsumexp(1).square().mean()
+    torch.testing.assert_close(actual, torch.autograd.grad(expected, inputs), rtol=1e-11, atol=1e-13)
+
+
+@pytest.mark.parametrize("num_experts", [MANY - 1, MANY])
+def test_few_chosen_logits_have_a_sparse_gradient(num_experts: int) -> None:
+    """And may be gathered more than once."""
+    router, hidden, sparse = make_router(num_experts, score="softmax_top_k"), make_hidden().requires_grad_(), []
+    order = torch.rand(T, num_experts, generator=torch.Generator().manual_seed(3)).argsort(1)
+    chosen = [order[:, :K], order[:, :1]]
+    for choices in (chosen[:1], chosen[1:], chosen):
+        logits = router.logits(hidden, Tokens())
+        logits.register_hook(lambda grad: sparse.append(grad.is_sparse))
+        config = RoutingConfig(score="sigmoid")
+        outputs = [combine_weights(logits, expert_scores(logits, "sigmoid"), Choice(c), config) for c in choices]
+        actual = torch.autograd.grad(sum(out.square().sum() for out in outputs), [hidden, router.weight])
+        plain = (hidden @ router.weight.T).sigmoid()
+        expected = sum(plain.gather(1, c).square().sum() for c in choices)
+        expected = torch.autograd.grad(expected, [hidden, router.weight])
+        torch.testing.assert_close(actual, expected, rtol=1e-11, atol=1e-13)
+    assert sparse == [num_experts == MANY, True, num_experts == MANY]
+
+
+def test_finite_logits_are_routed_even_if_their_sum_is_not() -> None:
+    router = make_router().float()
+    router.weight.data.fill_(3e38)
+    hidden = torch.zeros(T, H)
+    hidden[:, 0] = 1
+    assert router.logits(hidden, Tokens()).sum() == math.inf
+    assert len(router(hidden, Tokens()).weight_P) == T * K
 
 
 # Jitter.

@@ -56,9 +56,10 @@ def test_reset_starts_all_counters_anew(recorder: LayerRecorder) -> None:
     with recorder.stage("route"):
         recorder.add_rows([0], [6], [5, 1], [6, 0], row_bytes=4)
         recorder.add_losses({"z": torch.ones(())}, share=1.0)
+    recorder.bytes_between_nodes += 9
     recorder.reset()
     assert not recorder.rows_of_expert
     assert recorder.rows_sent == recorder.rows_received == []
-    assert recorder.bytes_sent == 0
+    assert recorder.bytes_sent == recorder.bytes_between_nodes == 0
     assert recorder.losses == {}
     assert set(recorder.seconds().values()) == {0.0}

@@ -1,5 +1,6 @@
 """A run that is stopped and resumed is the run that was not stopped, on the same layout to the bit and on any other."""
 
+import json
 import re
 import shutil
 from pathlib import Path
@@ -21,6 +22,7 @@ State = dict[str, npt.NDArray]
 
 SGD = ["training.optimizer.name=sgd", "training.optimizer.momentum=0.9", "training.optimizer.learning_rate=0.1"]
 BF16, REPLICATE, EP2 = "training.precision=bfloat16", "engine.sharding=replicate", "parallel.expert=2"
+SLICES2 = "parallel.expert_tensor=2"
 EXACT = {
     # number of ranks, overrides: each optimiser, precision and sharding with each other, whole and split experts
     "adamw, float32, full, EP 2": (2, [EP2]),
@@ -28,6 +30,7 @@ EXACT = {
     "adamw, bfloat16, replicate, EP 2 x data 2": (4, [BF16, REPLICATE, EP2]),
     "sgd, float32, replicate, data 2": (2, [*SGD, REPLICATE]),
     "sgd, bfloat16, full, EP 2 x data 2": (4, [*SGD, BF16, EP2]),
+    "adamw, float32, full, slices 2 x data 2": (4, [SLICES2]),
 }
 SHUFFLED = "parallel.expert_map=[1,0,0,1,0,1,1,0]"
 LAYOUTS = {
@@ -37,6 +40,15 @@ LAYOUTS = {
     "data 2": (2, []),
     "EP 4": (4, ["parallel.expert=4"]),
     "EP 2 x data 2, replicated": (4, [EP2, REPLICATE, "parallel.expert_map=[0,1,0,1,0,1,0,1]"]),
+    "slices 2": (2, [SLICES2]),
+    "slices 2 x data 2": (4, [SLICES2]),
+    "EP 2 x slices 2, unequal": (4, [EP2, SLICES2, "parallel.expert_map=[0,1,0,0,0,0,0,1]"]),
+}
+WRITERS = {
+    # number of ranks, overrides
+    "adamw, EP 2": (2, [EP2, SHUFFLED]),
+    "adamw, slices 2 x data 2": (4, [SLICES2]),
+    "sgd, EP 2 x slices 2": (4, [EP2, SLICES2, SHUFFLED]),
 }
 
 
@@ -135,18 +147,19 @@ def joined(states: list[State]) -> State:
     return whole
 
 
-@pytest.fixture(scope="module", params=["adamw", "sgd"])
-def shuffled(request, tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[list[str], Path, State]:
-    """Overrides, folder and saved state of a float64 run with EP 2 and a shuffled expert map."""
-    overrides = ["training.precision=float64", *(SGD if request.param == "sgd" else [])]
-    folder = tmp_path_factory.mktemp(request.param)
-    states = run_ranks(2, train_and_save, tiny, [*overrides, EP2, SHUFFLED], folder)
+@pytest.fixture(scope="module", params=WRITERS)
+def written(request, tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[list[str], Path, State]:
+    """Precision and optimiser, folder and saved state of a run of each of WRITERS, in float64."""
+    num_ranks, layout = WRITERS[request.param]
+    overrides = ["training.precision=float64", *(SGD if "sgd" in request.param else [])]
+    folder = tmp_path_factory.mktemp("written")
+    states = run_ranks(num_ranks, train_and_save, tiny, [*overrides, *layout], folder)
     return overrides, folder, joined(states)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_another_layout_reads_it_and_goes_on_with_equal_losses(layout: str, shuffled, tiny: Path, tmp_path) -> None:
-    overrides, folder, saved = shuffled
+def test_another_layout_reads_it_and_goes_on_with_equal_losses(layout: str, written, tiny: Path, tmp_path) -> None:
+    overrides, folder, saved = written
     num_ranks, more = LAYOUTS[layout]
     checkpoint = folder / "checkpoints/step_00000004"
     states = run_ranks(num_ranks, load_and_train, tiny, [*overrides, *more], tmp_path, checkpoint)
@@ -159,8 +172,8 @@ def test_another_layout_reads_it_and_goes_on_with_equal_losses(layout: str, shuf
         assert [r[key] for r in found] == pytest.approx([r[key] for r in expected], abs=1e-8, rel=0)
 
 
-def test_every_weight_and_moment_of_an_expert_has_a_key_of_its_own(shuffled) -> None:
-    overrides, folder, saved = shuffled
+def test_every_weight_and_moment_of_an_expert_has_a_key_of_its_own(written) -> None:
+    overrides, folder, saved = written
     moments = ["optimizer.momentum_buffer"] if SGD[0] in overrides else ["optimizer.exp_avg", "optimizer.exp_avg_sq"]
     shapes = {"w_gate": (32, 16), "w_up": (32, 16), "w_down": (16, 32)}
     expected = {
@@ -175,6 +188,19 @@ def test_every_weight_and_moment_of_an_expert_has_a_key_of_its_own(shuffled) -> 
     assert {name for name in found if "expert" in name} == expected.keys()
     assert found["balance.1.bias"] == found["balance.2.bias"] == (8,)
     assert saved["optimizer.updates"] == (0 if SGD[0] in overrides else 4)  # SGD does not count them
+
+
+def test_the_map_of_experts_is_in_the_checkpoint(written) -> None:
+    """As data: which expert-parallel rank has which expert, and in how many slices."""
+    _, folder, _ = written
+    checkpoint = folder / "checkpoints/step_00000004"
+    parallel = load_config(checkpoint / "config.yaml").parallel
+    assert json.loads((checkpoint / "run.json").read_text()) == {
+        "format": 1,
+        "step": 4,
+        "owner_of_expert": [1, 0, 0, 1, 0, 1, 1, 0] if parallel.expert == 2 else [0] * 8,
+        "expert_tensor": parallel.expert_tensor,
+    }
 
 
 # Which checkpoints there are

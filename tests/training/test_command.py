@@ -214,7 +214,9 @@ def test_every_rank_has_its_load_records(whole: Run) -> None:
             assert (record["rank"], record["steps"]) == (rank, 1)
             assert record["layers"].keys() == {"1", "2"}
             for layer in record["layers"].values():
-                assert layer.keys() == {"experts", "tokens", "rows_sent", "rows_received", "bytes_sent", "seconds"}
+                assert layer.keys() == {
+                    *("experts", "tokens", "rows_sent", "rows_received", "bytes_sent", "bytes_between_nodes", "seconds")
+                }
                 assert layer["seconds"].keys() == {"route", "dispatch", "experts", "combine"}
 
 

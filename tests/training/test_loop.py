@@ -37,7 +37,12 @@ FULL = [
     "training.evaluation={interval: 4, tokens: 805}",
     "routing.losses.load_balance.scope=global_batch",
 ]
-LAYOUTS = {"EP 1": (1, []), "EP 2": (2, [EP2]), "EP 2 x data 2": (4, [EP2])}
+LAYOUTS = {
+    "EP 1": (1, []),
+    "EP 2": (2, [EP2]),
+    "EP 2 x data 2": (4, [EP2]),
+    "EP 2 x slices 2": (4, [EP2, "parallel.expert_tensor=2"]),
+}
 TOKENS, CHOICES = 8 * 16, 2
 """Tokens of a step, and experts of a token."""
 
@@ -171,7 +176,7 @@ def test_balance_follows_from_the_tokens_that_the_ranks_computed(name: str, runs
         layers = record["balance"]["layers"]
         assert list(layers) == ["1", "2"]
         for layer, found in layers.items():
-            load_E = computed_load(folder, record["step"], layer)
+            load_E = computed_load(folder, record["step"], layer) / (2 if "slices" in name else 1)
             assert load_E.sum() == TOKENS * CHOICES
             expected = balance_of(load_E, dropped=0)
             assert {key: found[key] for key in expected} == pytest.approx(expected)
@@ -203,6 +208,18 @@ def test_rows_sent_are_rows_received(runs) -> None:
                 assert entry["bytes_sent"] == sum(entry["rows_sent"]) * 32 * 8  # hidden size, bytes of a float64
                 assert entry["seconds"].keys() == {"route", "dispatch", "experts", "combine"}
                 assert all(seconds > 0 for seconds in entry["seconds"].values())
+
+
+def test_ranks_with_slices_of_the_same_experts_compute_the_same_rows(runs) -> None:
+    folder, _ = runs["EP 2 x slices 2"]
+    for records in zip(*loads(folder), strict=True):
+        for layer in ("1", "2"):
+            first, second, third, fourth = (record["layers"][layer] for record in records)
+            assert first["experts"] == second["experts"] == [0, 1, 2, 3]
+            assert third["experts"] == fourth["experts"] == [4, 5, 6, 7]
+            for one, other in ((first, second), (third, fourth)):
+                assert one["tokens"] == other["tokens"]
+                assert one["rows_received"] == other["rows_received"]
 
 
 def test_evaluation_is_the_mean_over_the_held_out_tokens(runs) -> None:

@@ -1,0 +1,170 @@
+"""Experts by one grouped product for all of them: the rows of all experts at once, as GPUs want it.
+
+Where every expert has equally many rows (static routings) the product is a batched one, of any dtype, and nothing depends
+on values on the device, so that a CUDA graph can hold it; else it is torch.nn.functional.grouped_mm.
+
+Shape letters: R rows, H hidden, L experts on this rank, F FFN width, G width of the first GEMM (2F for SwiGLU), K and N
+width of rows that go into a product and that come out.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import accumulate
+
+import torch
+from torch.nn import functional
+
+from moe_dist.dispatch.types import Segments
+from moe_dist.experts.grouped import activate, group_ends
+from moe_dist.experts.types import Activation, Incoming, Kernels, Result, Rows, RowsDone, WeightGradients, Weights
+
+
+def forward(x: Rows, segments: Segments, weights: Weights, name: str) -> tuple[Result, list[torch.Tensor]]:
+    """See moe_dist.experts.types.Kernels."""
+    device = x.buffer_UH.device
+    groups = _groups(segments, device)
+    pre_RG = groups.product(_take(x, segments), groups.own(weights.w_in_LHG))
+    out_RH = groups.product(activate(pre_RG, weights.activation), groups.own(weights.w_out_LFH))
+    return Result(out_RH, _place(segments, device)), [pre_RG]
+
+
+def backward(
+    x: Rows,
+    incoming: Incoming,
+    segments: Segments,
+    weights: Weights,
+    to: WeightGradients,
+    name: str,
+    rows_done: RowsDone,
+) -> None:
+    """See moe_dist.experts.types.Kernels."""
+    device = x.buffer_UH.device
+    groups = _groups(segments, device)
+    w_in_LHG, w_out_LFH = groups.own(weights.w_in_LHG), groups.own(weights.w_out_LFH)
+    x_RH, grad_RH = _take(x, segments), _take(incoming.grad, segments)
+    pre_RG = incoming.kept[0] if incoming.kept else groups.product(x_RH, w_in_LHG)
+    d_active_RF = groups.product(grad_RH, w_out_LFH.mT)
+    order_R, weight_R = _order(segments, incoming.grad.starts, device), incoming.weight_R
+    if weight_R is None:
+        weight_R = grad_RH.new_ones(len(grad_RH))
+    elif order_R is not None:
+        weight_R = weight_R[order_R]
+    active_RF, d_pre_RG, d_weight_R = _activate_backward(pre_RG, d_active_RF, weight_R, weights.activation)
+    rows_done(Result(groups.product(d_pre_RG, w_in_LHG.mT), _place(segments, device), d_weight_R))
+    groups.transposed_product(x_RH, d_pre_RG, groups.own(to.d_w_in_LHG))
+    groups.transposed_product(active_RF, grad_RH, groups.own(to.d_w_out_LFH))
+
+
+KERNELS = Kernels(forward, backward)
+
+
+@dataclass(frozen=True)
+class _Groups:
+    """Rows by expert: experts first, first + 1, ... of the stack."""
+
+    first: int
+    sizes: tuple[int, ...]
+    ends: torch.Tensor
+    """int32, on the device: the row after the last one of each expert."""
+
+    @property
+    def equal(self) -> bool:
+        return len(set(self.sizes)) == 1
+
+    def own(self, stack_L: torch.Tensor) -> torch.Tensor:
+        return stack_L[self.first : self.first + len(self.sizes)]
+
+    def product(self, rows_RK: torch.Tensor, w_LKN: torch.Tensor) -> torch.Tensor:
+        """[R, N] each expert's rows times its matrix."""
+        if len(rows_RK) == 0:
+            return rows_RK.new_zeros(0, w_LKN.shape[2])
+        with _no_autocast(rows_RK.device.type):
+            if self.equal:
+                return torch.bmm(rows_RK.view(len(self.sizes), self.sizes[0], -1), w_LKN).flatten(0, 1)
+            return functional.grouped_mm(rows_RK, w_LKN, offs=self.ends)
+
+    def transposed_product(self, x_RK: torch.Tensor, y_RN: torch.Tensor, out_LKN: torch.Tensor) -> None:
+        """out[expert] = x^T y over the expert's rows."""
+        if len(x_RK) == 0:
+            out_LKN.zero_()
+        elif self.equal:
+            shape = (len(self.sizes), self.sizes[0], -1)
+            torch.bmm(x_RK.view(shape).transpose(1, 2), y_RN.view(shape), out=out_LKN)
+        else:
+            out_LKN.copy_(functional.grouped_mm(x_RK.t(), y_RN, offs=self.ends))
+            for expert, size in enumerate(self.sizes):
+                if size == 0:  # not every kernel writes the product of no rows
+                    out_LKN[expert].zero_()
+
+
+def _groups(segments: Segments, device: torch.device) -> _Groups:
+    return _cached_groups(tuple(segments.sizes), tuple(segments.experts), device)
+
+
+# The tensors of static routings are made once: a CUDA graph cannot hold a copy from the host.
+@lru_cache(maxsize=64)
+def _cached_groups(sizes: tuple[int, ...], experts: tuple[int, ...], device: torch.device) -> _Groups:
+    first = min(experts, default=0)
+    rows = [0] * (max(experts, default=-1) + 1 - first)
+    for size, expert in zip(sizes, experts, strict=True):
+        rows[expert - first] += size
+    return _Groups(first, tuple(rows), group_ends(rows, device))
+
+
+def _place(segments: Segments, device: torch.device) -> torch.Tensor | None:
+    """int64 [R]: for each row in the order of the segments its place by expert; None if that is the same."""
+    return _cached_place(tuple(segments.sizes), tuple(segments.experts), device)
+
+
+@lru_cache(maxsize=64)
+def _cached_place(sizes: tuple[int, ...], experts: tuple[int, ...], device: torch.device) -> torch.Tensor | None:
+    order_R = _cached_order(sizes, experts, (0, *accumulate(sizes))[:-1], torch.device("cpu"))
+    return None if order_R is None else torch.argsort(order_R).to(device, non_blocking=True)
+
+
+def _order(segments: Segments, starts: list[int], device: torch.device) -> torch.Tensor | None:
+    """int64 [R]: for the rows by expert their places where segments begin at `starts`; None if they stand so already."""
+    return _cached_order(tuple(segments.sizes), tuple(segments.experts), tuple(starts), device)
+
+
+@lru_cache(maxsize=64)
+def _cached_order(
+    sizes: tuple[int, ...], experts: tuple[int, ...], starts: tuple[int, ...], device: torch.device
+) -> torch.Tensor | None:
+    by_expert = sorted(range(len(sizes)), key=experts.__getitem__)
+    runs = [torch.arange(starts[s], starts[s] + sizes[s]) for s in by_expert]
+    order_R = torch.cat(runs) if runs else torch.zeros(0, dtype=torch.int64)
+    if torch.equal(order_R, torch.arange(len(order_R))):
+        return None
+    return order_R.to(device, non_blocking=True)
+
+
+def _take(rows: Rows, segments: Segments) -> torch.Tensor:
+    """[R, H] by expert."""
+    order_R = _order(segments, rows.starts, rows.buffer_UH.device)
+    index_R = rows.index_R
+    if order_R is not None:
+        index_R = order_R if index_R is None else index_R[order_R]
+    return rows.buffer_UH if index_R is None else rows.buffer_UH.index_select(0, index_R)
+
+
+def _activate_backward(
+    pre_RG: torch.Tensor, d_active_RF: torch.Tensor, weight_R: torch.Tensor, activation: Activation
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The activation's output times the row's weight, the gradient of what went into it, and that of the weight."""
+    weight_R1 = weight_R.to(pre_RG.dtype)[:, None]
+    with torch.enable_grad():
+        pre_RG = pre_RG.detach().requires_grad_()
+        active_RF = activate(pre_RG, activation)
+    (d_pre_RG,) = torch.autograd.grad(active_RF, pre_RG, d_active_RF * weight_R1)
+    active_RF = active_RF.detach()
+    d_weight_R = (d_active_RF * active_RF).sum(1, dtype=weight_R.dtype)
+    return active_RF * weight_R1, d_pre_RG, d_weight_R
+
+
+@contextmanager
+def _no_autocast(device: str) -> Iterator[None]:
+    with torch.autocast(device, enabled=False):
+        yield
