@@ -160,7 +160,8 @@ class MoELayer(nn.Module):
         self, input_TH: torch.Tensor, routing: Routing, stage: Stage, meanwhile: "_Meanwhile"
     ) -> tuple[torch.Tensor, Journey]:
         """[T, H] dispatch, experts and combine: as one function where the backend can, else one after the other."""
-        fused = self.experts.backend(input_TH).kernels is not None and not torch.compiler.is_compiling()
+        backend = self.experts.backend(input_TH, routing.pairs_per_expert is not None)
+        fused = backend.kernels is not None and not torch.compiler.is_compiling()
         if fused and routing.weight_on == "output":
             with stage("dispatch"):
                 journey = self.dispatcher.plan(routing, len(input_TH))

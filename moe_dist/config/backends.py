@@ -14,6 +14,7 @@ class Limits(NamedTuple):
 
 
 LIMITS = {
+    "triton": Limits("the Triton backend", ("bfloat16", "float32", "float16"), ("swiglu",), 1),
     # In float32 its GEMMs always round to TF32 (common/gemm/cublaslt_gemm.cu), which would not be the same training.
     "transformer_engine": Limits("TransformerEngine", ("bfloat16", "float16"), ("swiglu", "gelu"), 1),
     "sonic": Limits("SonicMoE", ("bfloat16",), ("swiglu",), 8),

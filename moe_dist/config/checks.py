@@ -117,9 +117,9 @@ def _backend(config: Config) -> Iterator[str]:
         widths = config.model.hidden_size, config.moe.ffn_size // slices
         if problem := backend_problem(backend, on_gpu, config.moe.activation, widths):
             yield f"moe.backend: {backend}: {problem}"
-    if config.moe.recompute == "experts" and backend not in ("auto", "cpu", "grouped_mm"):
+    if config.moe.recompute == "experts" and backend not in ("auto", "cpu", "grouped_mm", "triton"):
         yield (
-            f"moe.recompute: experts needs moe.backend: cpu or grouped_mm, not {backend}; use one of them, "
+            f"moe.recompute: experts needs moe.backend: cpu, grouped_mm or triton, not {backend}; use one of them, "
             "or moe.recompute: activation"
         )
 

@@ -66,10 +66,10 @@ class MoEConfig(Section):
     """Experts that every token uses, computed as one FFN of this many times ffn_size."""
     shared_gate: Switch = False
     """Multiply the shared experts' output by sigmoid(x w), as Qwen2-MoE does."""
-    backend: Literal["auto", "loop", "cpu", "grouped_mm", "transformer_engine", "sonic", "fp8"] = "auto"
+    backend: Literal["auto", "loop", "cpu", "grouped_mm", "triton", "transformer_engine", "sonic", "fp8"] = "auto"
     """How experts are computed. loop: plain reference; cpu: GEMMs expert by expert, with the rest done in cache;
-    grouped_mm: torch.nn.functional.grouped_mm; auto: cpu on CPUs, grouped_mm on GPUs. Optional, on some GPUs
-    (docs/backends.md): transformer_engine, sonic: those packages; fp8: torch's scaled grouped GEMM."""
+    grouped_mm: torch.nn.functional.grouped_mm; auto: cpu on CPUs, grouped_mm on GPUs. On some GPUs (docs/backends.md; not run
+    on hardware): triton: this package's kernels; transformer_engine, sonic: those packages; fp8: torch's scaled grouped GEMM."""
     recompute: Literal["activation", "experts"] = "activation"
     """What backward computes again. activation: keep the first GEMM's output; experts: keep nothing, repeat that GEMM."""
 

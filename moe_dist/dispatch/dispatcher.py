@@ -117,7 +117,8 @@ class AllToAllDispatcher(nn.Module):
             sent = _split(counts[: len(count_E)], self.experts_of_rank)
             return self._chunks(sent, _split(counts[len(count_E) :], [own] * ranks))
 
-        return Journey(Plan(num_tokens, routing.token_P, slot_P, routing.token_P[order_P]), self.group, finish)
+        plan = Plan(num_tokens, routing.token_P, slot_P, routing.token_P[order_P])
+        return Journey(plan, self.group, finish, equal=False)
 
     def _padded(self, routing: Routing, num_tokens: int) -> Journey:
         slots = routing.pairs_per_expert
@@ -138,7 +139,7 @@ class AllToAllDispatcher(nn.Module):
         sent = [[slots] * experts for experts in self.experts_of_rank]
         chunks = self._chunks(sent, [[slots] * self.own_experts] * len(self.experts_of_rank))
         plan = Plan(num_tokens, routing.token_P, slot_P, token_W, empty_W, vacant_P)
-        return Journey(plan, self.group, lambda: chunks)
+        return Journey(plan, self.group, lambda: chunks, equal=True)
 
     def _chunks(self, sent: list[list[int]], received: list[list[int]]) -> list[Chunk]:
         """From the slots of each rank's experts, and the rows of this rank's experts from each rank."""

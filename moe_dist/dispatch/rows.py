@@ -86,8 +86,10 @@ def weighted_sum(rows_WH: torch.Tensor, weight_P: torch.Tensor | None, plan: Pla
     first_T1 = torch.searchsorted(plan.token_P, torch.arange(plan.num_tokens + 1, device=plan.token_P.device))
     weight_P = weight_P if weight_P is None else weight_P.to(dtype)
     sum_TH = embedding_bag(plan.slot_P, rows_WH.to(dtype), first_T1, mode="sum", per_sample_weights=weight_P)
-    sum_TH.resize_(plan.num_tokens, rows_WH.shape[1])  # not a view, which could not be changed in place later
-    return sum_TH.to(rows_WH.dtype)
+    if torch.compiler.is_compiling():
+        return sum_TH[: plan.num_tokens].to(rows_WH.dtype)
+    # A view could not be changed in place later.
+    return sum_TH.resize_(plan.num_tokens, rows_WH.shape[1]).to(rows_WH.dtype)
 
 
 def gather_rows(rows_TH: torch.Tensor, index_W: torch.Tensor, out_WH: torch.Tensor) -> torch.Tensor:

@@ -20,6 +20,11 @@ class Segments:
     experts: list[int]
     """For each segment the place of its expert in this rank's weight stack."""
 
+    @property
+    def equal(self) -> bool:
+        """Whether all have equally many rows, as in static routings."""
+        return len(set(self.sizes)) <= 1
+
     def starts(self) -> list[int]:
         """The first row of each segment."""
         return [0, *accumulate(self.sizes)][:-1]
@@ -62,6 +67,8 @@ class Journey:
     """None: all experts are here."""
     finish: Callable[[], list[Chunk]]
     """Waits until the other ranks have told how many rows they send."""
+    equal: bool
+    """Whether all segments have equally many rows, known without waiting (static routings)."""
 
     @property
     def chunks(self) -> list[Chunk]:

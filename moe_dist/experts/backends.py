@@ -17,7 +17,7 @@ import torch
 from torch.nn import functional
 
 from moe_dist.dispatch.types import Segments
-from moe_dist.experts import cpu, fp8, sonic, transformer_engine, whole
+from moe_dist.experts import cpu, fp8, sonic, transformer_engine, triton_backend, whole
 from moe_dist.experts.grouped import activate, compute_by_product, group_ends
 from moe_dist.experts.types import Activation, Incoming, Kernels, Result, Rows, WeightGradients, Weights
 
@@ -47,23 +47,29 @@ def compute_grouped(
     w_out_LFH: torch.Tensor,
     activation: Activation,
 ) -> torch.Tensor:
-    """torch.nn.functional.grouped_mm, one group an expert."""
+    """torch.nn.functional.grouped_mm, one group an expert; a batched product where all have equally many rows."""
 
     def product(rows_RK: torch.Tensor, w_LKN: torch.Tensor, sizes_L: list[int]) -> torch.Tensor:
+        if len(set(sizes_L)) == 1:
+            return torch.bmm(rows_RK.view(len(sizes_L), sizes_L[0], rows_RK.shape[1]), w_LKN).flatten(0, 1)
         return functional.grouped_mm(rows_RK, w_LKN, offs=group_ends(sizes_L, rows_RK.device))
 
     return compute_by_product(product, rows_RH, segments, w_in_LHG, w_out_LFH, activation)
 
 
-def compute_cpu(
-    rows_RH: torch.Tensor,
-    segments: Segments,
-    w_in_LHG: torch.Tensor,
-    w_out_LFH: torch.Tensor,
-    activation: Activation,
-) -> torch.Tensor:
-    """See moe_dist.experts.cpu."""
-    return _ByKernels.apply(rows_RH, w_in_LHG, w_out_LFH, segments, activation, cpu.KERNELS)
+def by_kernels(kernels: Kernels) -> Compute:
+    """Rows that are here, by kernels of a fused journey."""
+
+    def compute(
+        rows_RH: torch.Tensor,
+        segments: Segments,
+        w_in_LHG: torch.Tensor,
+        w_out_LFH: torch.Tensor,
+        activation: Activation,
+    ) -> torch.Tensor:
+        return _ByKernels.apply(rows_RH, w_in_LHG, w_out_LFH, segments, activation, kernels)
+
+    return compute
 
 
 class _ByKernels(torch.autograd.Function):
@@ -106,8 +112,9 @@ class Backend:
 
 BACKENDS = {
     "loop": Backend(compute_loop),
-    "cpu": Backend(compute_cpu, cpu.KERNELS),
+    "cpu": Backend(by_kernels(cpu.KERNELS), cpu.KERNELS),
     "grouped_mm": Backend(compute_grouped, whole.KERNELS),
+    "triton": Backend(by_kernels(triton_backend.KERNELS), triton_backend.KERNELS, triton_backend.why_not),
     "transformer_engine": Backend(transformer_engine.compute_transformer_engine, why_not=transformer_engine.why_not),
     "sonic": Backend(sonic.compute_sonic, why_not=sonic.why_not),
     "fp8": Backend(fp8.compute_fp8, why_not=fp8.why_not),
@@ -115,26 +122,33 @@ BACKENDS = {
 
 
 def choose_backend(
-    name: str, device: torch.device, dtype: torch.dtype, widths: tuple[int, int], activation: Activation = "swiglu"
+    name: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    widths: tuple[int, int],
+    activation: Activation = "swiglu",
+    equal: bool = False,
 ) -> Backend:
     """The backend that `moe.backend` names; `auto` takes the fast one that the device has for such rows.
 
     Args:
         widths: H and F; grouped_mm wants rows of a multiple of 16 bytes.
+        equal: all experts have equally many rows, so that grouped_mm is a batched product, which any dtype and width has.
 
     Raises ValueError if grouped_mm is asked for where torch has none, or an optional backend that is not installed or does
     not fit.
     """
     on_gpu = device.type != "cpu"
     grouped = dtype == torch.bfloat16 if on_gpu else dtype in (torch.bfloat16, torch.float32)
-    grouped = grouped and all(width * dtype.itemsize % 16 == 0 for width in widths)
+    grouped = equal or (grouped and all(width * dtype.itemsize % 16 == 0 for width in widths))
     if name == "grouped_mm" and not grouped:
         raise ValueError(
             f"moe.backend: grouped_mm does not compute {dtype} with model.hidden_size and moe.ffn_size {widths} on "
             f"{device.type}; use auto, or training.precision: bfloat16 with multiples of 8"
         )
     if name == "auto":
-        name = "cpu" if not on_gpu else "grouped_mm" if grouped else "loop"
+        own_kernels = not on_gpu and not (equal and torch.compiler.is_compiling())  # which cannot be traced
+        name = "cpu" if own_kernels else "grouped_mm" if grouped else "loop"
     backend = BACKENDS[name]
     if backend.why_not is not None and (reason := backend.why_not(device, dtype, widths, activation)):
         raise ValueError(f"moe.backend: {name}: {reason}")

@@ -8,7 +8,7 @@ GEMM; rows beyond the real ones have weight zero.
 Shape letters: R rows received, Q rows in blocks (rounded up).
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
@@ -85,26 +85,25 @@ class Layout:
         return torch.arange(int(size_S.sum())) + offset_S.repeat_interleave(size_S)
 
 
-def arrange(segments: Segments, multiple: int, block_rows: int, batch_below: int) -> Layout:
+def arrange(segments: Segments, round_up: Callable[[int], int], block_rows: int, batch_below: int) -> Layout:
     """Lay out segments in blocks.
 
     Args:
-        multiple: rows of an expert are rounded up to it.
+        round_up: what the rows of an expert are rounded up to.
         block_rows: experts are taken together up to this many rows.
-        batch_below: experts of a block get equally many rows, for a batched GEMM, where the mean is below this.
+        batch_below: experts of a block get equally many rows, for a batched GEMM, where all have fewer than this.
     """
     segments_of: dict[int, list[int]] = {}
     for segment, (size, expert) in enumerate(zip(segments.sizes, segments.experts, strict=True)):
         if size:
             segments_of.setdefault(expert, []).append(segment)
     rows_of = {expert: sum(segments.sizes[s] for s in segments_of[expert]) for expert in sorted(segments_of)}
-    batched = sum(rows_of.values()) < batch_below * len(rows_of)
     blocks: list[Block] = []
     start = 0
     for experts in _runs(rows_of, block_rows):
         sizes = [rows_of[expert] for expert in experts]
-        least = max(sizes) if batched else 0
-        block = Block(experts, [-(-max(size, least) // multiple) * multiple for size in sizes], start, [])
+        least = max(sizes) if max(sizes) < batch_below else 0
+        block = Block(experts, [round_up(max(size, least)) for size in sizes], start, [])
         for expert, end, padded in zip(experts, accumulate(block.padded), block.padded, strict=True):
             first = end - padded
             for segment in segments_of[expert]:

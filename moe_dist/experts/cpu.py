@@ -11,6 +11,7 @@ GEMM (2F for SwiGLU), K and N width of rows that go into a product and that come
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -24,8 +25,8 @@ _aten = torch.ops.aten
 
 _BLOCK_BYTES = 2048
 """Rows times bytes of a value: so many rows stay in a core's cache from one operation to the next."""
-_BATCH_BELOW = 600
-"""Below so many bfloat16 rows an expert, a call costs much beside its product: experts of a block share one."""
+_SMALL_PRODUCT = 2**27
+"""Multiplications below which a bfloat16 call costs much beside its product: experts of a block share one."""
 _LARGE_PRODUCT = 2**25
 """Multiplications from which oneDNN's weight gradients are faster than MKL's."""
 
@@ -113,14 +114,19 @@ class _Factors:
 
 
 def _arrange(segments: Segments, weights: Weights) -> Layout:
+    dtype, (_, hidden, width) = weights.w_in_LHG.dtype, weights.w_in_LHG.shape
+    batch_below = _SMALL_PRODUCT // (hidden * width) if dtype == torch.bfloat16 else 0
+    return arrange(segments, partial(_round_up, dtype), _BLOCK_BYTES // dtype.itemsize, batch_below)
+
+
+def _round_up(dtype: torch.dtype, rows: int) -> int:
     # oneDNN builds a kernel for each number of rows it meets, which takes longer than the product. Rounded up, few occur.
-    dtype, multiple = weights.w_in_LHG.dtype, 1
+    multiple = 1
     if dtype == torch.bfloat16:
         multiple = 32
     elif dtype.itemsize == 4 and _FAST_ONEDNN:
-        mean = sum(segments.sizes) // max(1, len(set(segments.experts)))
-        multiple = 4 if mean < 128 else 16 if mean < 512 else 32
-    return arrange(segments, multiple, _BLOCK_BYTES // dtype.itemsize, _BATCH_BELOW if dtype == torch.bfloat16 else 0)
+        multiple = 4 if rows < 128 else 16 if rows < 512 else 32
+    return -(-rows // multiple) * multiple
 
 
 def _index(rows: Rows, layout: Layout) -> torch.Tensor:
@@ -218,7 +224,7 @@ def _activate_backward(
     d_pre_QG = torch.empty_like(pre_QG)
     if activation == "gelu":
         active_QF = _aten.gelu(pre_QG)
-        torch.sum(d_active_QF * active_QF, 1, dtype=d_weight_Q.dtype, out=d_weight_Q)
+        d_weight_Q.copy_((d_active_QF * active_QF).sum(1))
         weight_Q1 = weight_Q.to(pre_QG.dtype)[:, None]
         _aten.gelu_backward.grad_input(d_active_QF.mul_(weight_Q1), pre_QG, grad_input=d_pre_QG)
         return active_QF.mul_(weight_Q1), d_pre_QG
@@ -227,7 +233,7 @@ def _activate_backward(
     active_QF = _aten.silu(gate_QF)
     weight_Q1 = weight_Q.to(pre_QG.dtype)[:, None]
     torch.mul(d_active_QF, active_QF, out=d_up_QF)
-    torch.sum(d_up_QF * up_QF, 1, dtype=d_weight_Q.dtype, out=d_weight_Q)
+    d_weight_Q.copy_((d_up_QF * up_QF).sum(1))  # adds up in float32 also in bfloat16, and rounds once
     d_up_QF.mul_(weight_Q1)
     _aten.silu_backward.grad_input(d_active_QF.mul_(up_QF).mul_(weight_Q1), gate_QF, grad_input=d_gate_QF)
     return active_QF.mul_(up_QF).mul_(weight_Q1), d_pre_QG

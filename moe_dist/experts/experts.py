@@ -63,7 +63,7 @@ class Experts(nn.Module):
         """
         w_in_LHG = self.w_gate_up if self.moe.activation == "swiglu" else self.w_up
         weights = Weights(w_in_LHG.to(rows.dtype), self.w_down.to(rows.dtype), self.moe.activation)
-        backend = self.backend(rows)
+        backend = self.backend(rows, where.equal)
         if isinstance(where, Segments):
             return backend.compute(rows, where, weights.w_in_LHG, weights.w_out_LFH, weights.activation)
         assert backend.kernels is not None
@@ -72,10 +72,10 @@ class Experts(nn.Module):
             rows, weight_P, where, weights, backend.kernels, self.moe.recompute == "experts", stage, meanwhile
         )
 
-    def backend(self, rows: torch.Tensor) -> Backend:
-        """What computes rows of this width, dtype and device."""
+    def backend(self, rows: torch.Tensor, equal: bool) -> Backend:
+        """What computes rows of this width, dtype and device; `equal`: with equally many for each expert."""
         widths = rows.shape[1], self.moe.ffn_size
-        return choose_backend(self.moe.backend, rows.device, rows.dtype, widths, self.moe.activation)
+        return choose_backend(self.moe.backend, rows.device, rows.dtype, widths, self.moe.activation, equal)
 
 
 class FeedForward(nn.Module):

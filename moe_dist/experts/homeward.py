@@ -8,6 +8,7 @@ Shape letters: T tokens, H hidden, W slots in the send buffer, V slots with head
 """
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 import torch.distributed as dist
@@ -159,8 +160,13 @@ def _with_headers(plan: Plan, parts: list[_Part]) -> Plan:
 
 def _rows_of(parts: list[_Part], device: torch.device) -> torch.Tensor:
     """int64: the rows of all messages."""
-    runs = [torch.arange(m.rows.start, m.rows.stop) for part in parts for m in part.messages]
-    return torch.cat(runs).to(device, non_blocking=True)
+    return _cached_rows(tuple((m.rows.start, m.rows.stop) for part in parts for m in part.messages), device)
+
+
+# Those of static routings are made once: a CUDA graph cannot hold a copy from the host.
+@lru_cache(maxsize=64)
+def _cached_rows(runs: tuple[tuple[int, int], ...], device: torch.device) -> torch.Tensor:
+    return torch.cat([torch.arange(start, stop) for start, stop in runs]).to(device, non_blocking=True)
 
 
 def _write_header(buffer_H: torch.Tensor, message: _Message, numbers: torch.Tensor) -> None:

@@ -11,13 +11,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import accumulate
 
 import torch
 from torch.nn import functional
 
 from moe_dist.dispatch.types import Segments
 from moe_dist.experts.grouped import activate, group_ends
+from moe_dist.experts.order import experts_of, place_by_expert, sizes_by_expert, take, weights_by_expert
 from moe_dist.experts.types import Activation, Incoming, Kernels, Result, Rows, RowsDone, WeightGradients, Weights
 
 
@@ -25,9 +25,9 @@ def forward(x: Rows, segments: Segments, weights: Weights, name: str) -> tuple[R
     """See moe_dist.experts.types.Kernels."""
     device = x.buffer_UH.device
     groups = _groups(segments, device)
-    pre_RG = groups.product(_take(x, segments), groups.own(weights.w_in_LHG))
+    pre_RG = groups.product(take(x, segments), groups.own(weights.w_in_LHG))
     out_RH = groups.product(activate(pre_RG, weights.activation), groups.own(weights.w_out_LFH))
-    return Result(out_RH, _place(segments, device)), [pre_RG]
+    return Result(out_RH, place_by_expert(segments, device)), [pre_RG]
 
 
 def backward(
@@ -43,16 +43,12 @@ def backward(
     device = x.buffer_UH.device
     groups = _groups(segments, device)
     w_in_LHG, w_out_LFH = groups.own(weights.w_in_LHG), groups.own(weights.w_out_LFH)
-    x_RH, grad_RH = _take(x, segments), _take(incoming.grad, segments)
+    x_RH, grad_RH = take(x, segments), take(incoming.grad, segments)
     pre_RG = incoming.kept[0] if incoming.kept else groups.product(x_RH, w_in_LHG)
     d_active_RF = groups.product(grad_RH, w_out_LFH.mT)
-    order_R, weight_R = _order(segments, incoming.grad.starts, device), incoming.weight_R
-    if weight_R is None:
-        weight_R = grad_RH.new_ones(len(grad_RH))
-    elif order_R is not None:
-        weight_R = weight_R[order_R]
+    weight_R = weights_by_expert(incoming, segments, device)
     active_RF, d_pre_RG, d_weight_R = _activate_backward(pre_RG, d_active_RF, weight_R, weights.activation)
-    rows_done(Result(groups.product(d_pre_RG, w_in_LHG.mT), _place(segments, device), d_weight_R))
+    rows_done(Result(groups.product(d_pre_RG, w_in_LHG.mT), place_by_expert(segments, device), d_weight_R))
     groups.transposed_product(x_RH, d_pre_RG, groups.own(to.d_w_in_LHG))
     groups.transposed_product(active_RF, grad_RH, groups.own(to.d_w_out_LFH))
 
@@ -100,54 +96,13 @@ class _Groups:
 
 
 def _groups(segments: Segments, device: torch.device) -> _Groups:
-    return _cached_groups(tuple(segments.sizes), tuple(segments.experts), device)
+    return _cached_groups(tuple(sizes_by_expert(segments)), experts_of(segments).start, device)
 
 
 # The tensors of static routings are made once: a CUDA graph cannot hold a copy from the host.
 @lru_cache(maxsize=64)
-def _cached_groups(sizes: tuple[int, ...], experts: tuple[int, ...], device: torch.device) -> _Groups:
-    first = min(experts, default=0)
-    rows = [0] * (max(experts, default=-1) + 1 - first)
-    for size, expert in zip(sizes, experts, strict=True):
-        rows[expert - first] += size
-    return _Groups(first, tuple(rows), group_ends(rows, device))
-
-
-def _place(segments: Segments, device: torch.device) -> torch.Tensor | None:
-    """int64 [R]: for each row in the order of the segments its place by expert; None if that is the same."""
-    return _cached_place(tuple(segments.sizes), tuple(segments.experts), device)
-
-
-@lru_cache(maxsize=64)
-def _cached_place(sizes: tuple[int, ...], experts: tuple[int, ...], device: torch.device) -> torch.Tensor | None:
-    order_R = _cached_order(sizes, experts, (0, *accumulate(sizes))[:-1], torch.device("cpu"))
-    return None if order_R is None else torch.argsort(order_R).to(device, non_blocking=True)
-
-
-def _order(segments: Segments, starts: list[int], device: torch.device) -> torch.Tensor | None:
-    """int64 [R]: for the rows by expert their places where segments begin at `starts`; None if they stand so already."""
-    return _cached_order(tuple(segments.sizes), tuple(segments.experts), tuple(starts), device)
-
-
-@lru_cache(maxsize=64)
-def _cached_order(
-    sizes: tuple[int, ...], experts: tuple[int, ...], starts: tuple[int, ...], device: torch.device
-) -> torch.Tensor | None:
-    by_expert = sorted(range(len(sizes)), key=experts.__getitem__)
-    runs = [torch.arange(starts[s], starts[s] + sizes[s]) for s in by_expert]
-    order_R = torch.cat(runs) if runs else torch.zeros(0, dtype=torch.int64)
-    if torch.equal(order_R, torch.arange(len(order_R))):
-        return None
-    return order_R.to(device, non_blocking=True)
-
-
-def _take(rows: Rows, segments: Segments) -> torch.Tensor:
-    """[R, H] by expert."""
-    order_R = _order(segments, rows.starts, rows.buffer_UH.device)
-    index_R = rows.index_R
-    if order_R is not None:
-        index_R = order_R if index_R is None else index_R[order_R]
-    return rows.buffer_UH if index_R is None else rows.buffer_UH.index_select(0, index_R)
+def _cached_groups(sizes: tuple[int, ...], first: int, device: torch.device) -> _Groups:
+    return _Groups(first, sizes, group_ends(list(sizes), device))
 
 
 def _activate_backward(

@@ -97,8 +97,11 @@ class BalanceState(nn.Module):
 
 
 def is_recomputation() -> bool:
-    """Whether this forward runs inside a backward pass, that is, to recompute checkpointed activations."""
-    return torch._C._current_graph_task_id() != -1
+    """Whether this forward runs inside a backward pass, that is, to recompute checkpointed activations.
+
+    Compiled code cannot ask: a compiled layer inside a checkpoint is counted twice, a checkpoint inside it once.
+    """
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
 Totals = dict[str, torch.Tensor]

@@ -67,7 +67,7 @@ MESSAGES = [
     (
         ["moe.backend=loop", "moe.recompute=experts"],
         None,
-        r"moe\.recompute: experts needs moe.backend: cpu or grouped_mm, not loop; .*, or moe.recompute: activation",
+        r"moe\.recompute: experts needs moe.backend: cpu, grouped_mm or triton, not loop; .*, or moe.recompute: activation",
     ),
     # Dispatch
     (

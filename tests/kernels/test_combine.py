@@ -80,7 +80,7 @@ def test_rows_beyond_32_bits(combine: ModuleType, far: torch.Tensor) -> None:
     rows_WH, d_out_TH = far.as_strided((3, 8), (2**30, 1)), far.as_strided((3, 8), (2**30, 1), 8)
     for tensor in (rows_WH, d_out_TH):
         tensor.copy_(torch.arange(24).view(3, 8) % 5)
-    pairing = torch.tensor([2, 0, 1], device=far.device), torch.tensor([0, 2, 2], device=far.device)
+    pairing = tuple(torch.tensor(x, dtype=torch.int32, device=far.device) for x in ([2, 0, 1], [0, 2, 2]))
     torch.testing.assert_close(combine.combine(rows_WH, *pairing), reference.combine(rows_WH, *pairing))
     found = combine.combine_backward(d_out_TH, rows_WH, *pairing)
     torch.testing.assert_close(found, reference.combine_backward(d_out_TH, rows_WH, *pairing))

@@ -42,7 +42,7 @@ def close(found: torch.Tensor, expected: torch.Tensor) -> None:
 @pytest.mark.parametrize("gathered", [True, False])
 @pytest.mark.parametrize(
     ("width", "out_width", "dtype"),
-    [(40, 24, torch.float32), (16, 32, torch.float32), (1, 1, torch.float32), (40, 24, torch.float16), *BFLOAT16],
+    [(40, 24, torch.float32), (16, 32, torch.float16), (1, 1, torch.float32), *BFLOAT16],
 )
 @pytest.mark.parametrize("sizes", SIZES.values(), ids=list(SIZES))
 def test_products_and_their_gradients(
@@ -94,7 +94,7 @@ def test_more_tiles_than_a_band_of_rows(gemm: ModuleType, generator: torch.Gener
 
 def test_offsets_beyond_32_bits(gemm: ModuleType, far: torch.Tensor) -> None:
     start_L1 = starts([2, 1, 3], far.device)
-    row_P = torch.tensor([2, 0, 1, 2, 2, 0], device=far.device)
+    row_P = torch.tensor([2, 0, 1, 2, 2, 0], dtype=torch.int32, device=far.device)
     x_TH, w_LHG = far.as_strided((3, 8), (2**30, 1)), far.as_strided((3, 8, 4), (2**30, 4, 1), 8)
     d_out_PG = far.as_strided((3, 4), (2**30, 1), 40)
     for tensor in (x_TH, w_LHG, d_out_PG):

@@ -249,9 +249,9 @@ def test_zero_experts_give_the_token_itself_and_never_travel() -> None:
     layer.initialise(0, "moe", std=0.5)
     layer.router.balance.bias_E.copy_(torch.linspace(-0.02, 0.02, E))
     hidden = torch.randn(30, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    with patch.object(layer.dispatcher, "dispatch", wraps=layer.dispatcher.dispatch) as dispatch:
+    with patch.object(layer.dispatcher, "plan", wraps=layer.dispatcher.plan) as plan:
         out = layer(hidden)
-    sent = dispatch.call_args.args[1]
+    sent = plan.call_args.args[0]
     assert sent.expert_P.max() < E
     assert sent.load_E.shape == (E,)
 

@@ -379,3 +379,42 @@ def test_the_router_sends_overflow_on_and_counts_what_was_wanted(score: str, pol
     routing.weight_P.square().sum().backward()
     assert router.weight.grad.isfinite().all()
     assert router.weight.grad.any()
+
+
+RULES: dict[str, dict[str, Any]] = {
+    "softmax": {},
+    "renormalised": {"renormalise": True, "scaling_factor": 2.5},
+    "softmax of the chosen": {"score": "softmax_top_k"},
+    "biased": {"score": "sigmoid", "renormalise": True, "bias": {"rule": "sign"}},
+    "biased, zero-computation experts": {"bias": {"rule": "sign"}, "zero_experts": {"count": 2, "target": 1.5}},
+}
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("rule", RULES)
+def test_an_expert_rejects_whom_it_drops_without_rerouting(rule: str, policy: str) -> None:
+    """The first proposals are what is wanted, and a rejection is never taken back."""
+    hidden, pairs = torch.randn(64, 6, generator=torch.Generator().manual_seed(0)), {}
+    for capacity in (None, "drop", "reroute"):
+        tree = {"top_k": 2, "init_std": 1.0, "group": "rank", **RULES[rule]}
+        if capacity is not None:
+            tree["capacity"] = {"factor": 0.6, "policy": policy, "overflow": capacity}
+        router = build_router(6, 5, RoutingConfig.model_validate(tree))
+        router.balance.bias_E.copy_(torch.linspace(-0.3, 0.3, 5))
+        routing = router(hidden, Tokens())
+        pairs[capacity] = set(zip(routing.token_P.tolist(), routing.expert_P.tolist(), strict=True))
+    dropped = pairs[None] - pairs["drop"]
+    assert dropped
+    assert not dropped & pairs["reroute"]
+
+
+def test_by_weight_the_same_pair_stays_by_hand() -> None:
+    """Expert 0 has room for one: token 1, of weight 0.50 against 0.42, though its score is 0.30 against 0.40."""
+    logits_TE = torch.tensor([[0.40, 0.55, 0.03, 0.02], [0.30, 0.15, 0.30, 0.25], [0.02, 0.03, 0.50, 0.45]]).log()
+    for overflow in ("drop", "reroute"):
+        capacity = {"factor": 0.6, "policy": "weight", "overflow": overflow}
+        config = {"top_k": 2, "renormalise": True, "group": "rank", "capacity": capacity}
+        router = build_router(4, 4, RoutingConfig.model_validate(config))
+        router.weight.data.copy_(torch.eye(4))
+        routing = router(logits_TE, Tokens())
+        assert routing.token_P[routing.expert_P == 0].tolist() == [1], overflow
