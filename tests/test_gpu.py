@@ -37,6 +37,34 @@ def test_the_layer_is_that_of_the_cpu(capacity: CapacityConfig | None, autocast:
         assert (theirs - ours).abs().max() <= tolerance * theirs.abs().max()
 
 
+@pytest.mark.parametrize("recompute", ["activation", "experts"])
+@pytest.mark.parametrize(
+    ("backend", "dtype", "tolerance"),
+    [
+        ("grouped_mm", torch.bfloat16, 3e-2),
+        ("triton", torch.bfloat16, 3e-2),
+        ("triton", torch.float16, 5e-3),
+        ("triton", torch.float32, 1e-5),
+    ],
+)
+def test_backends_are_the_loop(backend: str, dtype: torch.dtype, tolerance: float, recompute: str) -> None:
+    found = []
+    for name in ("loop", backend):
+        moe = MoEConfig(
+            num_experts=8, ffn_size=48, backend=name, recompute=recompute if name == backend else "activation"
+        )
+        layer = MoELayer(64, moe, RoutingConfig(init_std=1.0)).cuda()
+        layer.initialise(seed=0, name="layers.0", std=0.2)
+        layer.experts.to(dtype)
+        hidden = torch.randn(300, 64, generator=torch.Generator().manual_seed(0)).to("cuda", dtype).requires_grad_()
+        out = layer(hidden)
+        out.float().square().sum().backward()
+        gradients = [p.grad.float() for p in layer.parameters()]
+        found.append([out.detach().float(), hidden.grad.float(), *gradients])
+    for expected, actual in zip(*found, strict=True):
+        assert (actual - expected).abs().max() <= tolerance * expected.abs().max()
+
+
 def test_stages_are_timed_by_the_device() -> None:
     layer = MoELayer(64, MoEConfig(num_experts=8, ffn_size=32), RoutingConfig()).cuda()
     layer.recorder = LayerRecorder(torch.device("cuda"))
