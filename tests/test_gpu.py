@@ -1,5 +1,7 @@
 """What only a GPU can show: the device's own paths give what the CPU gives."""
 
+from copy import deepcopy
+
 import pytest
 import torch
 
@@ -86,3 +88,75 @@ def test_routers_decide_alike_on_gpu_and_cpu(method: str) -> None:
         routing = router(hidden_TH.to(device), tokens)
         found.append([x.detach().cpu() for x in (routing.token_P, routing.expert_P, routing.load_E, routing.weight_P)])
     torch.testing.assert_close(*found, rtol=0, atol=1e-10)
+
+
+STATIC = {
+    "capacity": {"capacity": {"factor": 1.0, "pad": True}},
+    "renormalised": {"capacity": {"factor": 1.0, "pad": True, "renormalise": True}, "renormalise": True},
+    "by weight": {"capacity": {"factor": 1.25, "pad": True, "policy": "weight"}, "losses": {"z": {"coefficient": 0.1}}},
+    "input": {"capacity": {"factor": 1.0, "pad": True}, "weight_on": "input"},
+    "loss-free": {"capacity": {"factor": 1.0, "pad": True}, "score": "sigmoid", "bias": {"rule": "sign"}},
+    "expert_choice": {"method": "expert_choice"},
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", STATIC)
+def test_a_cuda_graph_holds_forward_and_backward_of_a_static_layer(name: str, dtype: torch.dtype) -> None:
+    """Nothing waits for the device, and a replay on other inputs gives what the layer itself gives for them."""
+    config = RoutingConfig.model_validate({"top_k": 2, "init_std": 1.0, **STATIC[name]})
+    layer = MoELayer(64, MoEConfig(num_experts=8, ffn_size=32, num_shared_experts=1), config).cuda()
+    eager = deepcopy(layer)
+    inputs = [torch.randn(4, 32, 64, device="cuda") for _ in range(3)]
+    target = torch.randn(4, 32, 64, device="cuda")
+    static = inputs[0].clone().requires_grad_()
+
+    def step(layer: MoELayer, hidden: torch.Tensor) -> list[torch.Tensor]:
+        with torch.autocast("cuda", torch.bfloat16, enabled=dtype == torch.bfloat16, cache_enabled=False):
+            out = layer(hidden)
+        return [out, *torch.autograd.grad(out, [hidden, *layer.parameters()], target.to(out.dtype))]
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        step(layer, static)  # makes once what later steps find made
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            step(layer, static)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step(layer, static)
+    for hidden in inputs:
+        static.data.copy_(hidden)
+        graph.replay()
+        for ours, theirs in zip(captured, step(eager, hidden.clone().requires_grad_()), strict=True):
+            tolerance = 1e-5 if dtype == torch.float32 else 2e-2
+            assert (ours - theirs).abs().max() <= tolerance * theirs.abs().max()
+
+
+def test_the_debug_mode_shows_what_waits() -> None:
+    layer = MoELayer(64, MoEConfig(num_experts=8, ffn_size=32), RoutingConfig()).cuda()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        with pytest.raises(RuntimeError, match="synchronizing"):
+            layer(torch.randn(4, 32, 64, device="cuda"))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("name", ["capacity", "renormalised", "expert_choice"])
+def test_a_static_layer_compiles_without_graph_breaks(name: str) -> None:
+    config = RoutingConfig.model_validate({"top_k": 2, "init_std": 1.0, **STATIC[name]})
+    layer = MoELayer(64, MoEConfig(num_experts=8, ffn_size=32), config).cuda()
+    results = []
+    for function in (layer, torch.compile(layer, fullgraph=True)):
+        hidden = torch.randn(
+            4, 32, 64, device="cuda", generator=torch.Generator("cuda").manual_seed(0)
+        ).requires_grad_()
+        out = function(hidden)
+        results.append([out, *torch.autograd.grad(out.square().sum(), [hidden, *layer.parameters()])])
+    for ours, theirs in zip(*results, strict=True):
+        assert (ours - theirs).abs().max() <= 1e-4 * theirs.abs().max()

@@ -20,7 +20,7 @@ from moe_dist.dispatch.exchange import Exchange
 from moe_dist.dispatch.hierarchical import HierarchicalExchange
 from moe_dist.parallel.groups import build_groups, build_node_groups
 from moe_dist.placement import WIDTH_DIMENSION, ExpertMap
-from moe_dist.routing import Routing, Tokens
+from moe_dist.routing import Routing, Tokens, real_pairs
 from moe_dist.routing.balance import sum_over_ranks
 from tests.support.distributed import run_ranks
 
@@ -295,7 +295,7 @@ def test_the_layer_is_the_dense_sum_with_its_losses(name: str) -> None:
     for dense in (False, True):
         layer, hidden = make_layer(case), batch.hidden_BSH.clone().requires_grad_()
         if dense:
-            routing = layer.router(hidden.flatten(0, 1), Tokens(num_sequences=B))
+            routing = real_pairs(layer.router(hidden.flatten(0, 1), Tokens(num_sequences=B)))
             out = dense_output(layer, hidden.flatten(0, 1), routing).view_as(hidden)
             loss = (batch.weight_BS[..., None] * (out - batch.target_BSH) ** 2).sum() + sum(routing.losses.values())
         else:

@@ -202,7 +202,9 @@ class LossesConfig(Section):
 
 
 class CapacityConfig(Section):
-    """A limit on the pairs that an expert takes from one routing group: ceil(factor * k * tokens / experts)."""
+    """A limit on the pairs that an expert takes from one routing group: ceil(factor * k * tokens / experts).
+
+    With zero-computation experts, k is their target: what routed experts get if the load is balanced."""
 
     factor: PositiveFloat | Literal["auto"]
     """Room over the balanced load; 1.0 is exactly the balanced load. auto: what the fullest expert needs."""

@@ -26,7 +26,9 @@ def choose_num_chunks(
     number of chunks.
     """
     weight = next(layer.experts.parameters())
-    hidden = torch.randn(num_sequences, sequence_length, weight.shape[1], dtype=weight.dtype, device=weight.device)
+    generator = torch.Generator(weight.device).manual_seed(0)  # the run's own random numbers stay where they are
+    shape = num_sequences, sequence_length, weight.shape[1]
+    hidden = torch.randn(shape, generator=generator, dtype=weight.dtype, device=weight.device)
     token_T = torch.arange(num_sequences * sequence_length, device=weight.device)
     tokens = Tokens(id_T=token_T % vocab_size, global_index_T=token_T, num_sequences=num_sequences)
     was_training = layer.training
@@ -52,9 +54,7 @@ def _time(layer: MoELayer, hidden: torch.Tensor, tokens: Tokens, autocast: bool)
     began = time.perf_counter()
     with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
         out = layer(hidden.requires_grad_(), tokens)
-    out.sum().backward()
-    layer.zero_grad()
-    hidden.grad = None
+    torch.autograd.grad(out.sum(), [hidden, *layer.parameters()], allow_unused=True)
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter() - began

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from moe_dist.dispatch.types import Segments
@@ -37,7 +38,7 @@ def compute_loop(
         activate(x @ w_in_LHG[e], activation) @ w_out_LFH[e]
         for x, e in zip(rows_RH.split(segments.sizes), segments.experts, strict=True)
     ]
-    return torch.cat(outputs)
+    return torch.cat(outputs) if outputs else rows_RH  # no experts, no rows
 
 
 def compute_grouped(
@@ -84,15 +85,19 @@ class _ByKernels(torch.autograd.Function):
         return _own(result)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         rows_RH, w_in_LHG, w_out_LFH, *kept = ctx.saved_tensors
         segments: Segments = ctx.segments
         weights = Weights(w_in_LHG, w_out_LFH, ctx.activation)
         x, grad = Rows(rows_RH, segments.starts()), Rows(grads[0].contiguous(), segments.starts())
-        to = WeightGradients(torch.zeros_like(w_in_LHG), torch.zeros_like(w_out_LFH))
+        to = None
+        if any(ctx.needs_input_grad[1:3]):
+            to = WeightGradients(torch.zeros_like(w_in_LHG), torch.zeros_like(w_out_LFH))
         done: list[Result] = []
         ctx.kernels.backward(x, Incoming(grad, None, kept), segments, weights, to, "rows", done.append)
-        return _own(done[0]), to.d_w_in_LHG, to.d_w_out_LFH, None, None, None
+        d_weights = (None, None) if to is None else (to.d_w_in_LHG, to.d_w_out_LFH)
+        return _own(done[0]), *d_weights, None, None, None
 
 
 def _own(result: Result) -> torch.Tensor:

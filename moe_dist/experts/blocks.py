@@ -39,16 +39,13 @@ class Block:
     start: int
     """First row of the block in Q."""
     pieces: list[Piece]
+    is_batch: bool
+    """Several experts get equally many rows, for one batched GEMM. Never by chance: that may round in another way."""
 
     @property
     def rows(self) -> slice:
         """Which of Q."""
         return slice(self.start, self.start + sum(self.padded))
-
-    @property
-    def is_batch(self) -> bool:
-        """Several experts with equally many rows, so that one batched GEMM does."""
-        return len(self.experts) > 1 and len(set(self.padded)) == 1
 
 
 @dataclass(frozen=True)
@@ -102,10 +99,11 @@ def arrange(segments: Segments, round_up: Callable[[int], int], block_rows: int,
     start = 0
     for experts in _runs(rows_of, block_rows):
         sizes = [rows_of[expert] for expert in experts]
-        least = max(sizes) if max(sizes) < batch_below else 0
-        block = Block(experts, [round_up(max(size, least)) for size in sizes], start, [])
-        for expert, end, padded in zip(experts, accumulate(block.padded), block.padded, strict=True):
-            first = end - padded
+        is_batch = len(experts) > 1 and max(sizes) < batch_below
+        padded = [round_up(max(sizes) if is_batch else size) for size in sizes]
+        block = Block(experts, padded, start, [], is_batch)
+        for expert, end, size in zip(experts, accumulate(padded), padded, strict=True):
+            first = end - size
             for segment in segments_of[expert]:
                 block.pieces.append(Piece(segment, first, segments.sizes[segment]))
                 first += segments.sizes[segment]

@@ -56,12 +56,12 @@ def forward(x: Rows, segments: Segments, weights: Weights, name: str) -> tuple[R
     index_Q = _index(x, layout)
     w_in, w_out = weights.w_in_LHG.unbind(), weights.w_out_LFH.unbind()
     out_QH = workspace(name, layout.num_rows, x.buffer_UH.shape[1], x.buffer_UH)
-    kept = []
+    # One tensor for all blocks: many small ones leave the heap in pieces that no weight gradient fits in.
+    pre_QG = out_QH.new_empty(layout.num_rows, weights.w_in_LHG.shape[2])
     for block in layout.blocks:
-        pre_QG = _products(_take(x, index_Q, block), w_in, block)
-        _products(_activate(pre_QG, weights.activation), w_out, block, out_QH[block.rows])
-        kept.append(pre_QG)
-    return Result(out_QH, layout.place_of(segments)), kept
+        _products(_take(x, index_Q, block), w_in, block, pre_QG[block.rows])
+        _products(_activate(pre_QG[block.rows], weights.activation), w_out, block, out_QH[block.rows])
+    return Result(out_QH, layout.place_of(segments)), [pre_QG]
 
 
 def backward(
@@ -69,7 +69,7 @@ def backward(
     incoming: Incoming,
     segments: Segments,
     weights: Weights,
-    to: WeightGradients,
+    to: WeightGradients | None,
     name: str,
     rows_done: RowsDone,
 ) -> None:
@@ -81,17 +81,19 @@ def backward(
     d_rows_QH = workspace(name, layout.num_rows, x.buffer_UH.shape[1], x.buffer_UH)
     d_weight_Q = torch.empty_like(weight_Q)
     factors = None
-    for number, block in enumerate(layout.blocks):
-        if factors is not None:
+    for block in layout.blocks:
+        if factors is not None and to is not None:
             _weight_gradients(factors, to)
         x_QH, grad_QH = _take(x, index_Q, block), _take(grad, grad_index_Q, block)
-        pre_QG = incoming.kept[number] if incoming.kept else _products(x_QH, w_in, block)
+        pre_QG = incoming.kept[0][block.rows] if incoming.kept else _products(x_QH, w_in, block)
         d_active_QF = _products(grad_QH, w_out_t, block)
         pair_weights = weight_Q[block.rows], d_weight_Q[block.rows]
         active_QF, d_pre_QG = _activate_backward(pre_QG, d_active_QF, *pair_weights, weights.activation)
         _products(d_pre_QG, w_in_t, block, d_rows_QH[block.rows])
         factors = _Factors(block, x_QH, d_pre_QG, active_QF, grad_QH)
     rows_done(Result(d_rows_QH, layout.place_of(segments), d_weight_Q))
+    if to is None:
+        return
     if factors is not None:
         _weight_gradients(factors, to)
     for expert in layout.idle:

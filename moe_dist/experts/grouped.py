@@ -25,6 +25,8 @@ def compute_by_product(
     activation: Activation,
 ) -> torch.Tensor:
     """See moe_dist.experts.backends. Segments of several source ranks are brought together, and back at the end."""
+    if len(w_in_LHG) == 0:
+        return rows_RH  # no experts, no rows
     order = sorted(range(len(segments.sizes)), key=lambda s: segments.experts[s])
     regrouped = order != list(range(len(order)))
     if regrouped:

@@ -28,7 +28,7 @@ class OwnExperts:
     kernels: Kernels
     arrived: list[torch.Tensor]
     kept: list[list[torch.Tensor]]
-    gradients: WeightGradients
+    gradients: WeightGradients | None
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,8 @@ def _incoming(
     received_RH: torch.Tensor, part: _Part, chunk: Chunk, dtype: torch.dtype, kept: list[torch.Tensor]
 ) -> Incoming:
     """The gradients and weights of a chunk's segments, which come rank by rank with headers in between."""
-    weight_R = received_RH.new_zeros(len(received_RH), dtype=dtype)
+    end = max((message.rows.stop for message in part.messages if message.size), default=0)
+    weight_R = received_RH.new_zeros(end, dtype=dtype)
     starts: list[int] = []
     segments_of_rank = len(chunk.segments.sizes) // len(part.messages)
     for rank, message in enumerate(part.messages):
@@ -119,7 +120,7 @@ def _incoming(
         for size in chunk.segments.sizes[rank * segments_of_rank : (rank + 1) * segments_of_rank]:
             starts.append(start)
             start += size
-    return Incoming(Rows(received_RH, starts), weight_R, kept)
+    return Incoming(Rows(received_RH[:end], starts), weight_R, kept)
 
 
 def _answer(result: Result, part: _Part, out_RH: torch.Tensor) -> torch.Tensor:
@@ -176,4 +177,5 @@ def _write_header(buffer_H: torch.Tensor, message: _Message, numbers: torch.Tens
 
 def _read_header(buffer_H: torch.Tensor, message: _Message, dtype: torch.dtype) -> torch.Tensor:
     header = buffer_H[message.header].view(torch.uint8).flatten()
-    return header[: (message.rows.stop - message.rows.start) * dtype.itemsize].view(dtype)
+    numbers = header[: (message.rows.stop - message.rows.start) * dtype.itemsize]
+    return numbers.clone().view(dtype)  # in the buffer they may stand at any byte

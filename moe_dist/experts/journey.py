@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.autograd.function import once_differentiable
 
 from moe_dist.dispatch.rows import blocks, gather_rows, of_pairs, slot_weights, weighted_sum
 from moe_dist.dispatch.types import Journey
@@ -62,46 +63,51 @@ class _Travel(torch.autograd.Function):
         w_in_LHG, w_out_LFH, activation, journey, kernels, recompute, stage, meanwhile = arguments
         weights = Weights(w_in_LHG, w_out_LFH, activation)
         hidden_TH = hidden_TH.contiguous()
-        arrived: list[torch.Tensor] = []
         if journey.group is None:
             with stage("dispatch"):
                 segments = journey.segments
             meanwhile()
             with stage("experts"):
-                result, kept = kernels.forward(_own_rows(hidden_TH, journey), segments, weights, "out")
-            kept_of_chunk = [kept]
+                result, kept = kernels.forward(_own_rows(hidden_TH, journey), segments, weights, "rows")
+            rows, kept_of_chunk = [hidden_TH], [kept]
         else:
-            result, arrived, kept_of_chunk = _forward_over_ranks(hidden_TH, journey, weights, kernels, stage, meanwhile)
+            result, rows, kept_of_chunk = _forward_over_ranks(hidden_TH, journey, weights, kernels, stage, meanwhile)
         ctx.journey, ctx.kernels, ctx.activation = journey, kernels, activation
         ctx.lengths = [0 if recompute else len(kept) for kept in kept_of_chunk]
         kept = [] if recompute else [tensor for kept in kept_of_chunk for tensor in kept]
-        ctx.save_for_backward(hidden_TH, weight_P, w_in_LHG, w_out_LFH, *arrived, *kept)
+        ctx.save_for_backward(weight_P, w_in_LHG, w_out_LFH, *rows, *kept)
         with stage("combine"):
             return weighted_sum(result.rows_QH, weight_P, result.place(journey.plan))
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        hidden_TH, weight_P, w_in_LHG, w_out_LFH, *saved = ctx.saved_tensors  # may compute a checkpointed part again
+        weight_P, w_in_LHG, w_out_LFH, *saved = ctx.saved_tensors  # may compute a checkpointed part again
         journey, weights = ctx.journey, Weights(w_in_LHG, w_out_LFH, ctx.activation)
-        grad_TH = grads[0].to(hidden_TH.dtype).contiguous()
-        to = WeightGradients(torch.empty_like(w_in_LHG), torch.empty_like(w_out_LFH))
+        grad_TH = grads[0].contiguous()
+        to = None
+        if any(ctx.needs_input_grad[2:4]):  # the experts are not frozen
+            d_w_out_LFH = torch.empty_like(w_out_LFH)  # the smaller first: it may fit where a kept tensor was
+            to = WeightGradients(torch.empty_like(w_in_LHG), d_w_out_LFH)
         weight_W = slot_weights(weight_P, journey.plan)
         if journey.group is None:
+            hidden_TH, *kept = saved
             x, grad = _own_rows(hidden_TH, journey), _own_rows(grad_TH, journey)
             done: list[Result] = []
-            arguments = (x, Incoming(grad, weight_W, saved), journey.segments, weights, to, "d_rows", done.append)
+            arguments = (x, Incoming(grad, weight_W, kept), journey.segments, weights, to, "rows", done.append)
             ctx.kernels.backward(*arguments)
             plan = done[0].place(journey.plan)
             d_hidden_TH = weighted_sum(done[0].rows_QH, None, plan)
             assert done[0].d_weight_Q is not None
             d_weight_P = of_pairs(done[0].d_weight_Q, plan)
         else:
-            arrived, kept = saved[: len(journey.chunks)], iter(saved[len(journey.chunks) :])
-            kept_of_chunk = [[next(kept) for _ in range(length)] for length in ctx.lengths]
+            arrived, rest = saved[: len(journey.chunks)], iter(saved[len(journey.chunks) :])
+            kept_of_chunk = [[next(rest) for _ in range(length)] for length in ctx.lengths]
             experts = OwnExperts(weights, ctx.kernels, arrived, kept_of_chunk, to)
             d_hidden_TH, d_weight_W = backward_over_ranks(grad_TH, weight_W, journey, experts)
             d_weight_P = of_pairs(d_weight_W, journey.plan)
-        return d_hidden_TH, d_weight_P.to(weight_P.dtype), to.d_w_in_LHG, to.d_w_out_LFH, *[None] * 6
+        d_weights = (None, None) if to is None else (to.d_w_in_LHG, to.d_w_out_LFH)
+        return d_hidden_TH, d_weight_P.to(weight_P.dtype), *d_weights, *[None] * 6
 
 
 def _own_rows(rows_TH: torch.Tensor, journey: Journey) -> Rows:

@@ -53,7 +53,7 @@ def backward(
     incoming: Incoming,
     segments: Segments,
     weights: Weights,
-    to: WeightGradients,
+    to: WeightGradients | None,
     name: str,
     rows_done: RowsDone,
 ) -> None:
@@ -72,6 +72,8 @@ def backward(
     d_pre_RG, active_RF, d_weight_R = swiglu_backward(pre_RG, d_active_RF, weight_R)
     d_rows_RH = grouped_gemm(d_pre_RG, w_in_LHG.mT, start_L1)
     rows_done(Result(d_rows_RH, place_by_expert(segments, device), d_weight_R))
+    if to is None:
+        return
     to.d_w_in_LHG[own] = grouped_weight_grad(x.buffer_UH, d_pre_RG, start_L1, row_R)
     # The gradients are the right factor here, which the kernel does not gather.
     to.d_w_out_LFH[own] = grouped_weight_grad(active_RF, take(grad, segments), start_L1)

@@ -30,7 +30,7 @@ class Rows:
 
     buffer_UH: torch.Tensor
     starts: list[int]
-    """For each segment its first row: of `index_R` if there is one, else of the buffer."""
+    """For each segment its first row: of `index_R` if there is one, else of the buffer. Nothing stands behind the last."""
     index_R: torch.Tensor | None = None
     """int64: rows of the buffer. None: the rows stand in the buffer as they are."""
 
@@ -86,5 +86,5 @@ class Kernels:
     forward: Callable[[Rows, Segments, Weights, str], tuple[Result, list[torch.Tensor]]]
     """(rows, segments, weights, name) -> the outputs, and what backward wants to have kept. The result may live in the
     workspace `name`."""
-    backward: Callable[[Rows, Incoming, Segments, Weights, WeightGradients, str, RowsDone], None]
-    """(rows, incoming, segments, weights, gradients to fill, name, rows_done)"""
+    backward: Callable[[Rows, Incoming, Segments, Weights, WeightGradients | None, str, RowsDone], None]
+    """(rows, incoming, segments, weights, gradients to fill or None for frozen experts, name, rows_done)"""

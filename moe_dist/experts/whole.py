@@ -35,7 +35,7 @@ def backward(
     incoming: Incoming,
     segments: Segments,
     weights: Weights,
-    to: WeightGradients,
+    to: WeightGradients | None,
     name: str,
     rows_done: RowsDone,
 ) -> None:
@@ -49,6 +49,8 @@ def backward(
     weight_R = weights_by_expert(incoming, segments, device)
     active_RF, d_pre_RG, d_weight_R = _activate_backward(pre_RG, d_active_RF, weight_R, weights.activation)
     rows_done(Result(groups.product(d_pre_RG, w_in_LHG.mT), place_by_expert(segments, device), d_weight_R))
+    if to is None:
+        return
     groups.transposed_product(x_RH, d_pre_RG, groups.own(to.d_w_in_LHG))
     groups.transposed_product(active_RF, grad_RH, groups.own(to.d_w_out_LFH))
 

@@ -38,7 +38,8 @@ def workspace(name: str, num_rows: int, width: int, like: torch.Tensor) -> torch
     pool, key = _pool(), (name, like.dtype)
     if key not in pool or pool[key].numel() < num_rows * width:
         pool.pop(key, None)  # before the larger one is made
-        pool[key] = like.new_empty(num_rows * width)
+        with torch.inference_mode(False):  # a tensor made in it could not be written to elsewhere
+            pool[key] = torch.empty(num_rows * width, dtype=like.dtype)
     return pool[key][: num_rows * width].view(num_rows, width)
 
 

@@ -13,14 +13,15 @@ from unittest.mock import patch
 import pytest
 import torch
 import torch.distributed as dist
-from torch.overrides import TorchFunctionMode
 
 from moe_dist.config.routing import RoutingConfig
 from moe_dist.dispatch import AllToAllDispatcher, Segments
+from moe_dist.dispatch.types import Chunk
 from moe_dist.placement import ExpertMap
 from moe_dist.routing import Routing, Tokens, build_router
 from moe_dist.routing.router import count_per_expert
 from tests.support.distributed import run_ranks
+from tests.support.host import HostReads
 
 H, E = 3, 8
 MAPS = {
@@ -110,13 +111,13 @@ def compute(rows_RH: torch.Tensor, segments: Segments, weights: list[torch.Tenso
     return torch.cat([*done, rows_RH[:0]])
 
 
-def journey(share: Share, expert_map: ExpertMap, weight_on: str, slots: int | None) -> Result:
+def journey(share: Share, expert_map: ExpertMap, weight_on: str, slots: int | None, num_chunks: int = 1) -> Result:
     """Dispatch, compute, combine, and back, on this rank."""
     group = dist.group.WORLD if dist.is_initialized() else None
     rank = dist.get_rank() if group else 0
     own = expert_map.experts_of_rank[rank]
     weights = [expert_weight(e).requires_grad_() for e in own]
-    dispatcher = AllToAllDispatcher(expert_map, group)
+    dispatcher = AllToAllDispatcher(expert_map, group, num_chunks)
     hidden, routing = share.hidden_TH.clone().requires_grad_(), routing_of(share, weight_on, slots)
     with patch.object(dist, "all_to_all_single", wraps=dist.all_to_all_single) as exchange:
         rows, segments, ticket = dispatcher.dispatch(hidden, routing)
@@ -206,6 +207,47 @@ def test_all_tokens_to_one_expert(num_ranks: int, slots: str) -> None:
     shares = [make_share([[E - 1]] * (4 + rank), seed=rank) for rank in range(num_ranks)]
     padded = enough_slots(shares) if slots == "padded" else None
     check_against_the_dense_sum(shares, ExpertMap.contiguous(E, num_ranks), slots=padded)
+
+
+@pytest.mark.parametrize("slots", ["packed", "padded"])
+@pytest.mark.parametrize("weight_on", ["output", "input"])
+@pytest.mark.parametrize("num_chunks", [2, 3, 9])
+@pytest.mark.parametrize("name", ["shuffled of 1", "unequal of 2", "an idle rank of 4"])
+def test_chunks_change_nothing(name: str, num_chunks: int, weight_on: str, slots: str) -> None:
+    shares = random_shares(num_ranks_of(name))
+    padded = enough_slots(shares) if slots == "padded" else None
+    results = run(shares, MAPS[name], weight_on, padded, num_chunks)
+    for result, whole in zip(results, run(shares, MAPS[name], weight_on, padded), strict=True):
+        assert torch.equal(result.out_TH, whole.out_TH)
+        assert torch.equal(result.d_hidden_TH, whole.d_hidden_TH)
+        assert torch.equal(result.d_weight_P, whole.d_weight_P)
+        assert all(torch.equal(result.d_expert[e], right) for e, right in whole.d_expert.items())
+        assert result.sent == whole.sent
+
+
+def chunks_of_rank(shares: list[Share], num_chunks: int) -> list[Chunk]:
+    share = shares[dist.get_rank()]
+    dispatcher = AllToAllDispatcher(MAPS["unequal of 2"], dist.group.WORLD, num_chunks)
+    return dispatcher.plan(routing_of(share, "output", None), len(share.hidden_TH)).chunks
+
+
+def test_chunks_are_some_experts_of_every_rank() -> None:
+    """Rank 0 has experts 6, 2, 0, 5, 1, 7 and rank 1 has 4, 3; of 4 chunks two have nothing for rank 1."""
+    shares = random_shares(2)
+    experts_of = [[[6], [2, 0], [5], [1, 7]], [[], [4], [], [3]]]
+    for rank, chunks in enumerate(run_ranks(2, chunks_of_rank, shares, 4)):
+        first = 0
+        for chunk, *of_rank in zip(chunks, *experts_of, strict=True):
+            count = [[int((share.expert_P == e).sum()) for e in of_rank[rank]] for share in shares]
+            places = list(range(first, first + len(of_rank[rank])))
+            assert chunk.segments == Segments([n for counts in count for n in counts], places * 2)
+            assert chunk.receive == [sum(counts) for counts in count]
+            assert chunk.send == [sum(int((shares[rank].expert_P == e).sum()) for e in experts) for experts in of_rank]
+            first += len(places)
+
+
+def test_there_are_no_more_chunks_than_experts_of_a_rank() -> None:
+    assert [len(chunks) for chunks in run_ranks(2, chunks_of_rank, random_shares(2), 99)] == [6, 6]
 
 
 def test_an_expert_without_pairs() -> None:
@@ -299,21 +341,6 @@ def test_bfloat16_rows_are_added_up_in_the_format_of_the_weights() -> None:
     )
     assert out.dtype == rows.dtype == torch.bfloat16
     assert out.tolist() == [[264.0] * H]  # 263, rounded once
-
-
-class HostReads(TorchFunctionMode):
-    """Notes each call whose result the host has to wait for where the tensor is on a GPU."""
-
-    NAMES = frozenset({"tolist", "item", "nonzero", "cpu", "numpy", "unique", "__bool__", "__int__", "__index__"})
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.seen: list[str] = []
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = getattr(func, "__name__", "")
-        self.seen += [name] * (name in self.NAMES)
-        return func(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize(("slots", "reads"), [(None, ["tolist"]), (50, [])])

@@ -33,6 +33,16 @@ def test_by_hand() -> None:
     assert torch.equal(sliced.weight_P, routing.weight_P.repeat_interleave(2))
 
 
+def test_the_slices_of_a_vacant_pair_are_vacant() -> None:
+    vacant = dataclasses.replace(
+        make_routing(), token_P=torch.tensor([0, T]), expert_P=torch.tensor([2, E]), weight_P=torch.tensor([0.5, 0.0])
+    )
+    sliced = to_slices(vacant, 2)
+    assert sliced.token_P.tolist() == [0, 0, T, T]
+    assert sliced.expert_P.tolist() == [4, 5, 2 * E, 2 * E]
+    assert sliced.weight_P.tolist() == [0.5, 0.5, 0, 0]
+
+
 @pytest.mark.parametrize("slices", [1, 2, 3])
 def test_gradients_of_the_slices_add_up(slices: int) -> None:
     """As sum over slices of the gradient that each pair's weight would get by itself."""

@@ -121,9 +121,7 @@ def run(
     """With the weights and best scores that the selection scores themselves would be."""
     config, selection_TE = config_of(case, group, **capacity), torch.tensor(case.selection, dtype=torch.float64)
     tokens, best_T = tokens_of(case, first_token), selection_TE.amax(1)
-    return reroute(
-        choice_of(case), selection_TE, selection_TE, best_T, config, tokens, KEY, training, process_group
-    )
+    return reroute(choice_of(case), selection_TE, selection_TE, best_T, config, tokens, KEY, training, process_group)
 
 
 def experts_of(choice: Choice) -> list[list[int]]:

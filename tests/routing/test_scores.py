@@ -18,7 +18,7 @@ from moe_dist.config.routing import ExpertGroupsConfig, RoutingConfig
 from moe_dist.config.schema import MoEConfig
 from moe_dist.routing import Tokens, build_router
 from moe_dist.routing.random import key_of, uniform
-from moe_dist.routing.scores import combine_weights, expert_scores, limit_to_groups
+from moe_dist.routing.scores import combine_weights, expert_scores, limit_to_groups, weights_beside
 from moe_dist.routing.types import Choice
 from tests.support.precision import float32_means_float64
 
@@ -361,3 +361,18 @@ def test_routers_of_transformers_choose_alike(name: str) -> None:
     torch.testing.assert_close(
         mine.weight_P.view(-1, K).gather(1, sorting), their_weights.gather(1, order), rtol=1e-11, atol=0
     )
+
+
+@pytest.mark.parametrize("renormalise", [False, True])
+@pytest.mark.parametrize("score", ["softmax", "softmax_top_k", "sigmoid", "sqrt_softplus"])
+def test_weights_beside_the_chosen(score: str, renormalise: bool) -> None:
+    """The chosen keep theirs to the bit; another expert gets what it would have, were no weight but its own changed."""
+    config = RoutingConfig(top_k=K, score=score, renormalise=renormalise, scaling_factor=1.5)
+    logits_TE = torch.randn(T, E, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    scores_TE = expert_scores(logits_TE, score)
+    choice = Choice(scores_TE.topk(K, dim=1).indices)
+    weight_TK = combine_weights(logits_TE, scores_TE, choice, config)
+    weight_TE = weights_beside(weight_TK, scores_TE, choice, config)
+    assert torch.equal(weight_TE.gather(1, choice.expert_TK), weight_TK)
+    per_score_T1 = (weight_TK / scores_TE.gather(1, choice.expert_TK))[:, :1]  # the same for all chosen
+    torch.testing.assert_close(weight_TE, scores_TE * per_score_T1, rtol=1e-12, atol=0)
