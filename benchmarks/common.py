@@ -59,6 +59,10 @@ def set_environment(malloc: str, device: str = "cpu") -> None:
     """What processes find in their environment when they start: glibc reads its settings only then."""
     os.environ["DS_ACCELERATOR"] = device
     os.environ["PYTHONWARNINGS"] = "ignore"  # the peers warn of every optional package that is absent
+    # With threads beside OpenMP's own (those of a process group), libgomp lets its threads sleep between operations, which
+    # makes small ones several times slower, in every layer alike. A setting of the user stays.
+    os.environ.setdefault("OMP_WAIT_POLICY", "active")
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000000")
     for name in MALLOC_SETTINGS:
         os.environ.pop(name, None)
         if malloc != "default":

@@ -34,7 +34,7 @@ from common import (
     write_json,
 )
 from peers import COMPETITORS, PRESETS, Limit, Shape, make_problem
-from torch.profiler import ProfilerActivity, profile
+from torch.profiler import ProfilerActivity, profile, schedule
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 OPERATORS = {
@@ -85,9 +85,12 @@ def measure(shape: Shape, dtype: str, rounds: int) -> dict:
     steps = {name: (nothing, lambda ways=ways: [way() for way in ways]) for name, ways in gemms.items()}
     seconds = time_rounds({**steps, "step": (layer.clear, step)}, rounds)
     step_ms = 1e3 * median(seconds.pop("step"))
-    with profile(activities=[ProfilerActivity.CPU]) as profiler:
-        start = time.perf_counter()
-        for _ in range(rounds):
+    with profile(activities=[ProfilerActivity.CPU], schedule=schedule(wait=0, warmup=1, active=rounds)) as profiler:
+        for round_ in range(1 + rounds):
+            if round_ > 0:
+                profiler.step()
+            if round_ == 1:
+                start = time.perf_counter()
             layer.clear()
             step()
         elapsed = time.perf_counter() - start

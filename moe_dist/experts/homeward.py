@@ -70,19 +70,21 @@ def backward_over_ranks(
         _parts([c.receive for c in journey.chunks], *sizes),
     )
     moved = _with_headers(plan, leaving)
-    sent_VH = workspace("sent", len(moved.token_W), width, grad_TH)
-    back_VH = workspace("back", len(moved.token_W), width, grad_TH)
+    # Gradients of rows come back to where the chunk's gradients of outputs left from.
+    slots_VH = workspace("slots", len(moved.token_W), width, grad_TH)
     received_RH = workspace("received", arriving[-1].rows.stop, width, grad_TH)
     home_RH = workspace("home", arriving[-1].rows.stop, width, grad_TH)
-    gather_rows(grad_TH, moved.token_W, sent_VH)
+    gather_rows(grad_TH, moved.token_W, slots_VH)
     messages = [message for part in leaving for message in part.messages]
     counts = [message.rows.stop - message.rows.start for message in messages]
     for message, weight in zip(messages, weight_W.split(counts), strict=True):
-        _write_header(sent_VH, message, weight)
+        _write_header(slots_VH, message, weight)
 
     def start(number: int) -> dist.Work:
         leave, arrive = leaving[number], arriving[number]
-        return start_all_to_all("rows", sent_VH[leave.rows], leave.sizes, received_RH[arrive.rows], arrive.sizes, group)
+        return start_all_to_all(
+            "rows", slots_VH[leave.rows], leave.sizes, received_RH[arrive.rows], arrive.sizes, group
+        )
 
     returning = []
     coming = start(0)
@@ -94,7 +96,7 @@ def backward_over_ranks(
 
         def rows_done(result: Result, leave: _Part = leave, arrive: _Part = arrive, local: _Part = local) -> None:
             message = _answer(result, local, home_RH[arrive.rows])
-            to = (arrive.sizes, back_VH[leave.rows], leave.sizes)
+            to = (arrive.sizes, slots_VH[leave.rows], leave.sizes)
             returning.append(start_all_to_all("rows", message, *to, group))
 
         x = Rows(experts.arrived[number], chunk.segments.starts())
@@ -102,8 +104,8 @@ def backward_over_ranks(
         experts.kernels.backward(x, incoming, chunk.segments, *to, rows_done)
     for work in returning:
         work.wait()
-    d_weight_W = torch.cat([_read_header(back_VH, message, weight_W.dtype) for message in messages])
-    return weighted_sum(back_VH, None, moved), d_weight_W
+    d_weight_W = torch.cat([_read_header(slots_VH, message, weight_W.dtype) for message in messages])
+    return weighted_sum(slots_VH, None, moved), d_weight_W
 
 
 def _incoming(

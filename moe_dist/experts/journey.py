@@ -129,15 +129,15 @@ def _forward_over_ranks(
     width, num_slots, group = hidden_TH.shape[1], len(journey.plan.token_W), journey.group
     assert group is not None
     with stage("dispatch"):
-        sent_WH = gather_rows(hidden_TH, journey.plan.token_W, workspace("sent", num_slots, width, hidden_TH))
+        # Outputs come back to where the chunk's rows left from.
+        slots_WH = gather_rows(hidden_TH, journey.plan.token_W, workspace("slots", num_slots, width, hidden_TH))
         chunks = journey.chunks  # waits for the counts
-    out_WH = workspace("out", num_slots, width, hidden_TH)
     arrived = [hidden_TH.new_empty(sum(chunk.receive), width) for chunk in chunks]
     slots = blocks([sum(chunk.send) for chunk in chunks])
 
     def start(number: int) -> dist.Work:
         chunk = chunks[number]
-        return start_all_to_all("rows", sent_WH[slots[number]], chunk.send, arrived[number], chunk.receive, group)
+        return start_all_to_all("rows", slots_WH[slots[number]], chunk.send, arrived[number], chunk.receive, group)
 
     kept_of_chunk, returning = [], []
     coming = start(0)
@@ -152,11 +152,11 @@ def _forward_over_ranks(
         kept_of_chunk.append(kept)
         with stage("combine"):
             result_RH = result.in_order(result.rows_QH)
-            to = (chunk.receive, out_WH[slots[number]], chunk.send)
+            to = (chunk.receive, slots_WH[slots[number]], chunk.send)
             returning.append(
                 (result_RH, start_all_to_all("rows", result_RH, *to, group))
             )  # kept until it has been sent
     with stage("combine"):
         for _, work in returning:
             work.wait()
-    return Result(out_WH, None), arrived, kept_of_chunk
+    return Result(slots_WH, None), arrived, kept_of_chunk
