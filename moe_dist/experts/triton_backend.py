@@ -29,10 +29,11 @@ def why_not(device: torch.device, dtype: torch.dtype, widths: tuple[int, int], a
     """Why this backend does not compute such experts here, and what to use instead; None if it does."""
     if problem := backend_problem("triton", str(dtype).removeprefix("torch."), activation, widths):
         return problem
-    if reason := why_no_kernels():
+    reason = why_no_kernels()
+    if device.type == "cpu" and (reason or not interpreted()):
+        return "its kernels run on GPUs, not on cpu; use auto"
+    if reason:
         return f"{reason}; use auto"
-    if device.type == "cpu" and not interpreted():
-        return "the rows are on a CPU; use auto"
     return None
 
 
