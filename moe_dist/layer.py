@@ -71,19 +71,7 @@ class MoELayer(nn.Module):
         check_routing(routing, moe.num_experts)
         ranks = dist.get_world_size(expert_parallel_group) if expert_parallel_group is not None else 1
         rank = dist.get_rank(expert_parallel_group) if expert_parallel_group is not None else 0
-        if ranks % expert_tensor or moe.ffn_size % expert_tensor:
-            raise ValueError(
-                f"expert_tensor: {expert_tensor} must divide the {ranks} ranks of expert_parallel_group and "
-                f"moe.ffn_size = {moe.ffn_size}"
-            )
-        owners = ranks // expert_tensor
-        self.expert_map = expert_map or ExpertMap.contiguous(moe.num_experts, owners)
-        if self.expert_map.num_experts != moe.num_experts or len(self.expert_map.experts_of_rank) != owners:
-            by_slices = f", by {expert_tensor} slices" if expert_tensor > 1 else ""
-            raise ValueError(
-                f"expert_map: places {self.expert_map.num_experts} experts on {len(self.expert_map.experts_of_rank)} ranks; "
-                f"it must place moe.num_experts = {moe.num_experts} on the {owners} ranks of expert_parallel_group{by_slices}"
-            )
+        self.expert_map = _checked_map(expert_map, moe, ranks, expert_tensor)
         self.own_experts = self.expert_map.experts_of_rank[rank // expert_tensor]
         self.num_slices, self.own_slice = expert_tensor, rank % expert_tensor
         self.routing = routing
@@ -192,6 +180,24 @@ class MoELayer(nn.Module):
                 )
         for key, parameter in self.shared.named_parameters() if self.shared is not None else ():
             draw_normal(parameter, f"{name}.shared.{key}", seed, output_std if key.startswith("w_down") else std)
+
+
+def _checked_map(expert_map: ExpertMap | None, moe: MoEConfig, ranks: int, expert_tensor: int) -> ExpertMap:
+    """The map, or the default one; see MoELayer for the errors."""
+    if ranks % expert_tensor or moe.ffn_size % expert_tensor:
+        raise ValueError(
+            f"expert_tensor: {expert_tensor} must divide the {ranks} ranks of expert_parallel_group and "
+            f"moe.ffn_size = {moe.ffn_size}"
+        )
+    owners = ranks // expert_tensor
+    expert_map = expert_map or ExpertMap.contiguous(moe.num_experts, owners)
+    if expert_map.num_experts != moe.num_experts or len(expert_map.experts_of_rank) != owners:
+        by_slices = f", by {expert_tensor} slices" if expert_tensor > 1 else ""
+        raise ValueError(
+            f"expert_map: places {expert_map.num_experts} experts on {len(expert_map.experts_of_rank)} ranks; "
+            f"it must place moe.num_experts = {moe.num_experts} on the {owners} ranks of expert_parallel_group{by_slices}"
+        )
+    return expert_map
 
 
 class _Meanwhile:

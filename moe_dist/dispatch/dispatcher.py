@@ -115,7 +115,7 @@ class AllToAllDispatcher(nn.Module):
                 pending.wait()
             counts = torch.cat([count_E, received]).tolist()  # the one copy to the host
             sent = _split(counts[: len(count_E)], self.experts_of_rank)
-            return self._chunks(sent, _split(counts[len(count_E) :], [own] * ranks))
+            return self._chunks(sent, _split(counts[len(count_E) :], [own] * ranks), equal=False)
 
         plan = Plan(num_tokens, routing.token_P, slot_P, routing.token_P[order_P])
         return Journey(plan, self.group, finish, equal=False)
@@ -137,11 +137,11 @@ class AllToAllDispatcher(nn.Module):
         vacant_P = slot_P == num_slots
         slot_P = slot_P.masked_fill(vacant_P, 0)
         sent = [[slots] * experts for experts in self.experts_of_rank]
-        chunks = self._chunks(sent, [[slots] * self.own_experts] * len(self.experts_of_rank))
+        chunks = self._chunks(sent, [[slots] * self.own_experts] * len(self.experts_of_rank), equal=True)
         plan = Plan(num_tokens, routing.token_P, slot_P, token_W, empty_W, vacant_P)
         return Journey(plan, self.group, lambda: chunks, equal=True)
 
-    def _chunks(self, sent: list[list[int]], received: list[list[int]]) -> list[Chunk]:
+    def _chunks(self, sent: list[list[int]], received: list[list[int]], equal: bool) -> list[Chunk]:
         """From the slots of each rank's experts, and the rows of this rank's experts from each rank."""
         chunks, first = [], 0
         for chunk, own in enumerate(self.own_chunks):
@@ -150,9 +150,8 @@ class AllToAllDispatcher(nn.Module):
                 for counts, cut in zip(sent, self.experts_of_chunk, strict=True)
             ]
             arriving = [counts[first : first + own] for counts in received]
-            segments = Segments(
-                [n for counts in arriving for n in counts], list(range(first, first + own)) * len(received)
-            )
+            experts = list(range(first, first + own)) * len(received)
+            segments = Segments([n for counts in arriving for n in counts], experts, equal)
             chunks.append(Chunk(send, [sum(counts) for counts in arriving], segments))
             first += own
         return chunks

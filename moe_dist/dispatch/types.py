@@ -20,10 +20,9 @@ class Segments:
     experts: list[int]
     """For each segment the place of its expert in this rank's weight stack."""
 
-    @property
-    def equal(self) -> bool:
-        """Whether all have equally many rows, as in static routings."""
-        return len(set(self.sizes)) <= 1
+    equal: bool = False
+    """All have equally many rows whatever the routing, as those of static routings. Equal by chance is not meant: how
+    experts are computed must not hang on chance."""
 
     def starts(self) -> list[int]:
         """The first row of each segment."""
@@ -89,7 +88,8 @@ class Journey:
     def segments(self) -> Segments:
         """Of all chunks."""
         parts = [chunk.segments for chunk in self.chunks]
-        return Segments([n for part in parts for n in part.sizes], [e for part in parts for e in part.experts])
+        sizes, experts = [n for part in parts for n in part.sizes], [e for part in parts for e in part.experts]
+        return Segments(sizes, experts, self.equal)
 
 
 @dataclass(frozen=True)

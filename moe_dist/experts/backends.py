@@ -11,15 +11,15 @@ columns, then up columns; F for GELU).
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch.autograd.function import once_differentiable
-from torch.nn import functional
 
 from moe_dist.dispatch.types import Segments
 from moe_dist.experts import cpu, fp8, sonic, transformer_engine, triton_backend, whole
-from moe_dist.experts.grouped import activate, compute_by_product, group_ends
+from moe_dist.experts.grouped import activate, compute_by_product, grouped_product
 from moe_dist.experts.types import Activation, Incoming, Kernels, Result, Rows, WeightGradients, Weights
 
 Compute = Callable[[torch.Tensor, Segments, torch.Tensor, torch.Tensor, Activation], torch.Tensor]
@@ -50,11 +50,7 @@ def compute_grouped(
 ) -> torch.Tensor:
     """torch.nn.functional.grouped_mm, one group an expert; a batched product where all have equally many rows."""
 
-    def product(rows_RK: torch.Tensor, w_LKN: torch.Tensor, sizes_L: list[int]) -> torch.Tensor:
-        if len(set(sizes_L)) == 1:
-            return torch.bmm(rows_RK.view(len(sizes_L), sizes_L[0], rows_RK.shape[1]), w_LKN).flatten(0, 1)
-        return functional.grouped_mm(rows_RK, w_LKN, offs=group_ends(sizes_L, rows_RK.device))
-
+    product = partial(grouped_product, equal=segments.equal)
     return compute_by_product(product, rows_RH, segments, w_in_LHG, w_out_LFH, activation)
 
 

@@ -72,7 +72,7 @@ def quantise(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _product(rows_RK: torch.Tensor, w_LKN: torch.Tensor, sizes_L: list[int]) -> torch.Tensor:
-    return _ScaledProduct.apply(rows_RK, w_LKN, group_ends(sizes_L, rows_RK.device))
+    return _ScaledProduct.apply(rows_RK, w_LKN, group_ends(tuple(sizes_L), rows_RK.device))
 
 
 class _ScaledProduct(torch.autograd.Function):

@@ -4,7 +4,8 @@ Shape letters: R rows, H hidden, L experts on this rank, F FFN width, G width of
 width of the rows that go into a product and that come out.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import lru_cache
 
 import torch
 from torch.nn import functional
@@ -49,7 +50,21 @@ def activate(pre_RG: torch.Tensor, activation: Activation) -> torch.Tensor:
     return functional.silu(gate_RF) * up_RF
 
 
-def group_ends(sizes_L: list[int], device: torch.device) -> torch.Tensor:
+def grouped_product(rows_RK: torch.Tensor, w_LKN: torch.Tensor, sizes_L: Sequence[int], equal: bool) -> torch.Tensor:
+    """[R, N] each expert's rows times its matrix; differentiable.
+
+    Args:
+        equal: all experts have equally many rows, so that a batched product does, of any dtype; else it is torch's
+            grouped_mm.
+    """
+    if equal or len(rows_RK) == 0:
+        rows_LCK = rows_RK.view(len(sizes_L), len(rows_RK) // len(sizes_L), rows_RK.shape[1])
+        return torch.bmm(rows_LCK, w_LKN).flatten(0, 1)
+    return functional.grouped_mm(rows_RK, w_LKN, offs=group_ends(tuple(sizes_L), rows_RK.device))
+
+
+@lru_cache(maxsize=64)
+def group_ends(sizes_L: tuple[int, ...], device: torch.device) -> torch.Tensor:
     """[L] int32 on the device: the row after the last one of each expert, as torch's grouped products want it."""
     ends_L = torch.tensor(sizes_L, dtype=torch.int32).cumsum(0, dtype=torch.int32)
     return ends_L.to(device, non_blocking=True)

@@ -22,7 +22,7 @@ from torch.autograd.function import once_differentiable
 
 from moe_dist.dispatch.rows import blocks, gather_rows, of_pairs, slot_weights, weighted_sum
 from moe_dist.dispatch.types import Journey
-from moe_dist.experts.homeward import OwnExperts, backward_over_ranks
+from moe_dist.experts.backward_over_ranks import OwnExperts, backward_over_ranks
 from moe_dist.experts.types import Incoming, Kernels, Result, Rows, WeightGradients, Weights
 from moe_dist.parallel.collectives import start_all_to_all
 from moe_dist.parallel.memory import workspace

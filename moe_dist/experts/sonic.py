@@ -1,8 +1,7 @@
 """Experts by SonicMoE (Guo et al. 2025, arXiv 2512.14080): gather, both GEMMs, activation and weighted sum in few kernels.
 
 Its layer for general routing takes tokens and (token, expert, weight) triples. Rows that a dispatcher has gathered already
-are tokens with one expert of weight one; `compute_combined` hands over the tokens themselves, which saves the gather, the
-weighting and, by SonicMoE's form of the router gradient, most of the activations that backward keeps.
+are tokens with one expert of weight one.
 
 SonicMoE wants expert matrices [out, in] with `in` contiguous, where our stacks are [in, out]: one transposed copy of the
 weights a call, and of their gradients. No order of the rows is wanted, so segments need not be brought together.
@@ -39,29 +38,6 @@ def compute_sonic(
     expert_R = _repeat(segments.experts, segments.sizes, rows_RH.device)
     weight_R = torch.ones(len(rows_RH), device=rows_RH.device)
     return _sonic(rows_RH, row_R, expert_R, weight_R, w_in_LHG, w_out_LFH)
-
-
-def compute_combined(
-    hidden_UH: torch.Tensor,
-    row_Q: torch.Tensor,
-    weight_Q: torch.Tensor,
-    sizes_L: list[int],
-    w_in_LHG: torch.Tensor,
-    w_out_LFH: torch.Tensor,
-    activation: Activation,
-) -> torch.Tensor:
-    """[U, H]: for each token the sum of its experts' outputs, each times its weight; zeros for a token without pairs.
-
-    Args:
-        row_Q: int, the row in hidden_UH of each pair; pairs stand by expert.
-        weight_Q: its weight, differentiable; taken as float32.
-        sizes_L: pairs of each expert; the sum is Q.
-    """
-    assert activation == "swiglu", activation
-    expert_Q = _repeat(list(range(len(sizes_L))), sizes_L, hidden_UH.device)
-    order_Q = row_Q.argsort(stable=True)  # SonicMoE wants pairs by token
-    by_token = row_Q[order_Q].int(), expert_Q[order_Q], weight_Q[order_Q]
-    return _sonic(hidden_UH, *by_token, w_in_LHG, w_out_LFH)
 
 
 def why_not(device: torch.device, dtype: torch.dtype, widths: tuple[int, int], activation: Activation) -> str | None:
@@ -103,7 +79,7 @@ def _sonic(
     w_in_LHG: torch.Tensor,
     w_out_LFH: torch.Tensor,
 ) -> torch.Tensor:
-    """compute_combined with the pairs by token: row_Q ascending int32, expert_Q int32."""
+    """[U, H] the weighted sums of tokens' experts; pairs by token: row_Q ascending int32, expert_Q int32."""
     if not len(row_Q):  # a kernel of no rows cannot be launched
         return _zeros(hidden_UH, row_Q, weight_Q, w_in_LHG, w_out_LFH)
     out_UH, _ = _sonicmoe().moe_general_routing_inputs(

@@ -7,16 +7,13 @@ Shape letters: R rows, H hidden, L experts on this rank, F FFN width, G width of
 width of rows that go into a product and that come out.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import lru_cache
 
 import torch
 from torch.nn import functional
 
 from moe_dist.dispatch.types import Segments
-from moe_dist.experts.grouped import activate, group_ends
+from moe_dist.experts.grouped import activate, group_ends, grouped_product
 from moe_dist.experts.order import experts_of, place_by_expert, sizes_by_expert, take, weights_by_expert
 from moe_dist.experts.types import Activation, Incoming, Kernels, Result, Rows, RowsDone, WeightGradients, Weights
 
@@ -24,9 +21,9 @@ from moe_dist.experts.types import Activation, Incoming, Kernels, Result, Rows, 
 def forward(x: Rows, segments: Segments, weights: Weights, name: str) -> tuple[Result, list[torch.Tensor]]:
     """See moe_dist.experts.types.Kernels."""
     device = x.buffer_UH.device
-    groups = _groups(segments, device)
-    pre_RG = groups.product(take(x, segments), groups.own(weights.w_in_LHG))
-    out_RH = groups.product(activate(pre_RG, weights.activation), groups.own(weights.w_out_LFH))
+    groups = _Groups.of(segments)
+    pre_RG = groups.product(take(x, segments), weights.w_in_LHG[groups.own])
+    out_RH = groups.product(activate(pre_RG, weights.activation), weights.w_out_LFH[groups.own])
     return Result(out_RH, place_by_expert(segments, device)), [pre_RG]
 
 
@@ -41,8 +38,8 @@ def backward(
 ) -> None:
     """See moe_dist.experts.types.Kernels."""
     device = x.buffer_UH.device
-    groups = _groups(segments, device)
-    w_in_LHG, w_out_LFH = groups.own(weights.w_in_LHG), groups.own(weights.w_out_LFH)
+    groups = _Groups.of(segments)
+    w_in_LHG, w_out_LFH = weights.w_in_LHG[groups.own], weights.w_out_LFH[groups.own]
     x_RH, grad_RH = take(x, segments), take(incoming.grad, segments)
     pre_RG = incoming.kept[0] if incoming.kept else groups.product(x_RH, w_in_LHG)
     d_active_RF = groups.product(grad_RH, w_out_LFH.mT)
@@ -51,8 +48,8 @@ def backward(
     rows_done(Result(groups.product(d_pre_RG, w_in_LHG.mT), place_by_expert(segments, device), d_weight_R))
     if to is None:
         return
-    groups.transposed_product(x_RH, d_pre_RG, groups.own(to.d_w_in_LHG))
-    groups.transposed_product(active_RF, grad_RH, groups.own(to.d_w_out_LFH))
+    groups.transposed_product(x_RH, d_pre_RG, to.d_w_in_LHG[groups.own])
+    groups.transposed_product(active_RF, grad_RH, to.d_w_out_LFH[groups.own])
 
 
 KERNELS = Kernels(forward, backward)
@@ -60,28 +57,22 @@ KERNELS = Kernels(forward, backward)
 
 @dataclass(frozen=True)
 class _Groups:
-    """Rows by expert: experts first, first + 1, ... of the stack."""
+    """Rows by expert, of consecutive experts of the stack."""
 
-    first: int
-    sizes: tuple[int, ...]
-    ends: torch.Tensor
-    """int32, on the device: the row after the last one of each expert."""
+    own: slice
+    sizes: list[int]
+    equal: bool
 
-    @property
-    def equal(self) -> bool:
-        return len(set(self.sizes)) == 1
-
-    def own(self, stack_L: torch.Tensor) -> torch.Tensor:
-        return stack_L[self.first : self.first + len(self.sizes)]
+    @staticmethod
+    def of(segments: Segments) -> "_Groups":
+        return _Groups(experts_of(segments), sizes_by_expert(segments), segments.equal)
 
     def product(self, rows_RK: torch.Tensor, w_LKN: torch.Tensor) -> torch.Tensor:
         """[R, N] each expert's rows times its matrix."""
-        if len(rows_RK) == 0:
+        if not self.sizes:
             return rows_RK.new_zeros(0, w_LKN.shape[2])
-        with _no_autocast(rows_RK.device.type):
-            if self.equal:
-                return torch.bmm(rows_RK.view(len(self.sizes), self.sizes[0], -1), w_LKN).flatten(0, 1)
-            return functional.grouped_mm(rows_RK, w_LKN, offs=self.ends)
+        with torch.autocast(rows_RK.device.type, enabled=False):
+            return grouped_product(rows_RK, w_LKN, self.sizes, self.equal)
 
     def transposed_product(self, x_RK: torch.Tensor, y_RN: torch.Tensor, out_LKN: torch.Tensor) -> None:
         """out[expert] = x^T y over the expert's rows."""
@@ -91,20 +82,11 @@ class _Groups:
             shape = (len(self.sizes), self.sizes[0], -1)
             torch.bmm(x_RK.view(shape).transpose(1, 2), y_RN.view(shape), out=out_LKN)
         else:
-            out_LKN.copy_(functional.grouped_mm(x_RK.t(), y_RN, offs=self.ends))
+            ends_L = group_ends(tuple(self.sizes), x_RK.device)
+            out_LKN.copy_(functional.grouped_mm(x_RK.t(), y_RN, offs=ends_L))
             for expert, size in enumerate(self.sizes):
                 if size == 0:  # not every kernel writes the product of no rows
                     out_LKN[expert].zero_()
-
-
-def _groups(segments: Segments, device: torch.device) -> _Groups:
-    return _cached_groups(tuple(sizes_by_expert(segments)), experts_of(segments).start, device)
-
-
-# The tensors of static routings are made once: a CUDA graph cannot hold a copy from the host.
-@lru_cache(maxsize=64)
-def _cached_groups(sizes: tuple[int, ...], first: int, device: torch.device) -> _Groups:
-    return _Groups(first, sizes, group_ends(list(sizes), device))
 
 
 def _activate_backward(
@@ -119,9 +101,3 @@ def _activate_backward(
     active_RF = active_RF.detach()
     d_weight_R = (d_active_RF * active_RF).sum(1, dtype=weight_R.dtype)
     return active_RF * weight_R1, d_pre_RG, d_weight_R
-
-
-@contextmanager
-def _no_autocast(device: str) -> Iterator[None]:
-    with torch.autocast(device, enabled=False):
-        yield

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 
 from moe_dist.dispatch import AllToAllDispatcher
-from moe_dist.experts import cpu, homeward, journey, whole
+from moe_dist.experts import backward_over_ranks, cpu, journey, whole
 from moe_dist.experts.backends import Activation, compute_loop
 from moe_dist.experts.journey import travel
 from moe_dist.experts.types import Kernels, Weights
@@ -285,7 +285,7 @@ def trace(share: Share, way: Way) -> list[str]:
     kernels = Kernels(noted("experts", way.kernels.forward), noted("experts", way.kernels.backward))
     with (
         patch.object(journey, "start_all_to_all", start),
-        patch.object(homeward, "start_all_to_all", start),
+        patch.object(backward_over_ranks, "start_all_to_all", start),
         patch.object(cpu, "_weight_gradients", noted("weights", cpu._weight_gradients)),
     ):
         run(share, replace(way, kernels=kernels), meanwhile=lambda: seen.append("shared"))

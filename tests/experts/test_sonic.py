@@ -6,9 +6,8 @@ import importlib.util
 import pytest
 import torch
 
-from moe_dist.dispatch import Segments
 from moe_dist.experts.backends import compute_loop
-from moe_dist.experts.sonic import compute_combined, compute_sonic, why_not
+from moe_dist.experts.sonic import compute_sonic, why_not
 from tests.support.expert_runs import SEGMENTS, F, H, L, make_inputs, run
 from tests.support.stand_ins import installed_stand_ins
 
@@ -29,37 +28,6 @@ def test_output_and_gradients_equal_the_loop(stand_in, name: str) -> None:
     results = [run(compute, SEGMENTS[name], "swiglu", torch.float64) for compute in (compute_sonic, compute_loop)]
     for number, right in zip(*results, strict=True):
         torch.testing.assert_close(number, right, rtol=1e-13, atol=1e-13)
-
-
-def make_pairs(sizes: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Tokens and weights of pairs that stand by expert; the last token has no pair."""
-    generator = torch.Generator().manual_seed(1)
-    rows = [torch.randperm(U - 1, generator=generator)[:size] for size in sizes]
-    weight_Q = torch.rand(sum(sizes), generator=generator, dtype=torch.float64)
-    return torch.cat(rows), weight_Q.float().double().requires_grad_()  # exact in float32, as SonicMoE takes them
-
-
-@pytest.mark.parametrize("sizes", [[3, 2, 6], [0, 5, 1], [0, 0, 0]], ids=str)
-def test_combined_is_gather_loop_and_weighted_sum(stand_in, sizes: list[int]) -> None:
-    row_Q, weight_Q = make_pairs(sizes)
-    hidden_UH, w_in, w_out = make_inputs(U, "swiglu", torch.float64)
-    out_QH = compute_loop(hidden_UH[row_Q], Segments(sizes, [0, 1, 2]), w_in, w_out, "swiglu")
-    right_UH = torch.zeros_like(hidden_UH).index_add(0, row_Q, weight_Q[:, None] * out_QH)
-    combined_UH = compute_combined(hidden_UH, row_Q, weight_Q, sizes, w_in, w_out, "swiglu")
-    assert not combined_UH[-1].any()
-    sent_UH = torch.linspace(-1, 1, U * H, dtype=torch.float64).view(U, H)
-    inputs = (hidden_UH, w_in, w_out, weight_Q)
-    actual, expected = ([out, *torch.autograd.grad(out, inputs, sent_UH)] for out in (combined_UH, right_UH))
-    torch.testing.assert_close(actual[:4], expected[:4], rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close(actual[4], expected[4], rtol=1e-6, atol=1e-7)  # it passes through float32
-
-
-def test_the_weights_need_no_gradient(stand_in) -> None:
-    row_Q, weight_Q = make_pairs([3, 2, 6])
-    hidden_UH, w_in, w_out = make_inputs(U, "swiglu", torch.float64)
-    compute_combined(hidden_UH, row_Q, weight_Q.detach(), [3, 2, 6], w_in, w_out, "swiglu").sum().backward()
-    assert weight_Q.grad is None
-    assert hidden_UH.grad.any()
 
 
 def test_the_gradient_arrives_contiguous(stand_in, monkeypatch: pytest.MonkeyPatch) -> None:
