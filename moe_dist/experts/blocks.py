@@ -47,6 +47,11 @@ class Block:
         """Which of Q."""
         return slice(self.start, self.start + sum(self.padded))
 
+    @property
+    def stack(self) -> slice:
+        """Which of the weight stack."""
+        return slice(self.experts[0], self.experts[-1] + 1)
+
 
 @dataclass(frozen=True)
 class Layout:

@@ -8,17 +8,15 @@ Shape letters: R rows, Q rows in blocks (rounded up), H hidden, L experts on thi
 GEMM (2F for SwiGLU), K and N width of rows that go into a product and that come out.
 """
 
-from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 import torch
 
 from moe_dist.dispatch.types import Segments
 from moe_dist.experts.blocks import Block, Layout, arrange
 from moe_dist.experts.types import Activation, Incoming, Kernels, Result, Rows, RowsDone, WeightGradients, Weights
+from moe_dist.kernels import onednn
 from moe_dist.parallel.memory import keep_freed_memory, workspace
 
 _aten = torch.ops.aten
@@ -27,26 +25,8 @@ _BLOCK_BYTES = 2048
 """Rows times bytes of a value: so many rows stay in a core's cache from one operation to the next."""
 _SMALL_PRODUCT = 2**27
 """Multiplications below which a bfloat16 call costs much beside its product: experts of a block share one."""
-_LARGE_PRODUCT = 2**25
+_LARGE_PRODUCT = 2**23
 """Multiplications from which oneDNN's weight gradients are faster than MKL's."""
-
-
-def _amd_family() -> int:
-    """The family of an AMD processor, 0 of any other: 23 is Zen and Zen 2, 25 Zen 3 and 4, 26 Zen 5."""
-    with suppress(OSError, StopIteration):
-        lines = [line.split(":") for line in Path("/proc/cpuinfo").read_text().splitlines() if ":" in line]
-        values = {key.strip(): value.strip() for key, value in reversed(lines)}
-        return int(values["cpu family"]) if values.get("vendor_id") == "AuthenticAMD" else 0
-    return 0
-
-
-# MKL uses only part of other makers' processors. Which library computes must not be found out by timing: another answer
-# after a restart would round otherwise, and the run would no longer be the same.
-_HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-_FAST_ONEDNN = _HAS_ONEDNN and _amd_family() > 0
-"""Whether float32 products go to oneDNN."""
-_FAST_ONEDNN_GRADIENTS = _HAS_ONEDNN and _amd_family() >= 26
-"""Whether large float32 weight gradients do."""
 
 
 def forward(x: Rows, segments: Segments, weights: Weights, name: str) -> tuple[Result, list[torch.Tensor]]:
@@ -54,13 +34,12 @@ def forward(x: Rows, segments: Segments, weights: Weights, name: str) -> tuple[R
     keep_freed_memory()
     layout = _arrange(segments, weights)
     index_Q = _index(x, layout)
-    w_in, w_out = weights.w_in_LHG.unbind(), weights.w_out_LFH.unbind()
     out_QH = workspace(name, layout.num_rows, x.buffer_UH.shape[1], x.buffer_UH)
     # One tensor for all blocks: many small ones leave the heap in pieces that no weight gradient fits in.
     pre_QG = out_QH.new_empty(layout.num_rows, weights.w_in_LHG.shape[2])
     for block in layout.blocks:
-        _products(_take(x, index_Q, block), w_in, block, pre_QG[block.rows])
-        _products(_activate(pre_QG[block.rows], weights.activation), w_out, block, out_QH[block.rows])
+        pre = _products(_take(x, index_Q, block), weights.w_in_LHG, block, pre_QG[block.rows])
+        _products(_activate(pre, weights.activation), weights.w_out_LFH, block, out_QH[block.rows])
     return Result(out_QH, layout.place_of(segments)), [pre_QG]
 
 
@@ -77,7 +56,6 @@ def backward(
     layout = _arrange(segments, weights)
     grad = incoming.grad
     index_Q, grad_index_Q, weight_Q = _index(x, layout), _index(grad, layout), _weights(incoming, layout)
-    w_in, w_in_t, w_out_t = (s.unbind() for s in (weights.w_in_LHG, weights.w_in_LHG.mT, weights.w_out_LFH.mT))
     d_rows_QH = workspace(name, layout.num_rows, x.buffer_UH.shape[1], x.buffer_UH)
     d_weight_Q = torch.empty_like(weight_Q)
     factors = None
@@ -85,11 +63,11 @@ def backward(
         if factors is not None and to is not None:
             _weight_gradients(factors, to)
         x_QH, grad_QH = _take(x, index_Q, block), _take(grad, grad_index_Q, block)
-        pre_QG = incoming.kept[0][block.rows] if incoming.kept else _products(x_QH, w_in, block)
-        d_active_QF = _products(grad_QH, w_out_t, block)
+        pre_QG = incoming.kept[0][block.rows] if incoming.kept else _products(x_QH, weights.w_in_LHG, block)
+        d_active_QF = _products(grad_QH, weights.w_out_LFH.mT, block)
         pair_weights = weight_Q[block.rows], d_weight_Q[block.rows]
         active_QF, d_pre_QG = _activate_backward(pre_QG, d_active_QF, *pair_weights, weights.activation)
-        _products(d_pre_QG, w_in_t, block, d_rows_QH[block.rows])
+        _products(d_pre_QG, weights.w_in_LHG.mT, block, d_rows_QH[block.rows])
         factors = _Factors(block, x_QH, d_pre_QG, active_QF, grad_QH)
     rows_done(Result(d_rows_QH, layout.place_of(segments), d_weight_Q))
     if to is None:
@@ -124,10 +102,8 @@ def _arrange(segments: Segments, weights: Weights) -> Layout:
 def _round_up(dtype: torch.dtype, rows: int) -> int:
     # oneDNN builds a kernel for each number of rows it meets, which takes longer than the product. Rounded up, few occur.
     multiple = 1
-    if dtype == torch.bfloat16:
-        multiple = 32
-    elif dtype.itemsize == 4 and _FAST_ONEDNN:
-        multiple = 4 if rows < 128 else 16 if rows < 512 else 32
+    if dtype == torch.bfloat16 or (dtype == torch.float32 and onednn.FASTER):
+        multiple = 8 if rows < 128 else 16 if rows < 512 else 32
     return -(-rows // multiple) * multiple
 
 
@@ -153,30 +129,24 @@ def _take(rows: Rows, index_Q: torch.Tensor, block: Block) -> torch.Tensor:
 
 
 def _products(
-    rows_QK: torch.Tensor, w_L: Sequence[torch.Tensor], block: Block, out_QN: torch.Tensor | None = None
+    rows_QK: torch.Tensor, w_LKN: torch.Tensor, block: Block, out_QN: torch.Tensor | None = None
 ) -> torch.Tensor:
     """[Q, N] each expert's rows times its matrix [K, N]."""
-    if rows_QK.element_size() == 4 and _FAST_ONEDNN:
-        parts = [_onednn(x, w_L[e]) for x, e in zip(rows_QK.split(block.padded), block.experts, strict=True)]
+    w_BKN = w_LKN[block.stack]
+    if rows_QK.dtype == torch.float32 and onednn.FASTER:
+        parts = [onednn.linear(x, w) for x, w in zip(rows_QK.split(block.padded), w_BKN.mT.unbind(), strict=True)]
         if out_QN is None:
             return parts[0] if len(parts) == 1 else torch.cat(parts)
         return torch.cat(parts, out=out_QN)
     if out_QN is None:
-        out_QN = rows_QK.new_empty(len(rows_QK), w_L[0].shape[1])
+        out_QN = rows_QK.new_empty(len(rows_QK), w_BKN.shape[2])
     if block.is_batch:
-        first, count = block.experts[0], len(block.experts)
-        w_BKN = _stacked(w_L[first : first + count])
+        count = len(w_BKN)
         torch.bmm(rows_QK.view(count, -1, rows_QK.shape[1]), w_BKN, out=out_QN.view(count, -1, out_QN.shape[1]))
         return out_QN
-    for x, e, out in zip(rows_QK.split(block.padded), block.experts, out_QN.split(block.padded), strict=True):
-        torch.mm(x, w_L[e], out=out)
+    for x, w, out in zip(rows_QK.split(block.padded), w_BKN.unbind(), out_QN.split(block.padded), strict=True):
+        torch.mm(x, w, out=out)
     return out_QN
-
-
-def _stacked(views_B: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Consecutive matrices of one stack as the stack's own memory."""
-    first, stride = views_B[0], views_B[1].storage_offset() - views_B[0].storage_offset()
-    return first.as_strided((len(views_B), *first.shape), (stride, *first.stride()))
 
 
 def _weight_gradients(factors: _Factors, to: WeightGradients) -> None:
@@ -186,22 +156,19 @@ def _weight_gradients(factors: _Factors, to: WeightGradients) -> None:
 
 def _transposed_products(x_QK: torch.Tensor, y_QN: torch.Tensor, block: Block, out_LKN: torch.Tensor) -> None:
     """out[expert] = x^T y over the expert's rows; of rows that are not there one of the two factors is zero."""
-    if block.is_batch and x_QK.dtype == torch.bfloat16:
-        first, count = block.experts[0], len(block.experts)
-        x_BKC = x_QK.view(count, -1, x_QK.shape[1]).mT
-        torch.bmm(x_BKC, y_QN.view(count, -1, y_QN.shape[1]), out=out_LKN[first : first + count])
+    out_BKN = out_LKN[block.stack]
+    if block.is_batch:
+        count = len(out_BKN)
+        torch.bmm(x_QK.view(count, -1, x_QK.shape[1]).mT, y_QN.view(count, -1, y_QN.shape[1]), out=out_BKN)
         return
-    parts = zip(block.experts, x_QK.mT.split(block.padded, dim=1), y_QN.split(block.padded), strict=True)
-    for expert, x_t, y in parts:
-        if x_t.element_size() == 4 and _FAST_ONEDNN_GRADIENTS and x_t.numel() * y.shape[1] >= _LARGE_PRODUCT:
-            out_LKN[expert] = _onednn(x_t, y)
+    parts = zip(x_QK.mT.split(block.padded, dim=1), y_QN.split(block.padded), out_BKN.unbind(), strict=True)
+    by_onednn = x_QK.dtype == torch.float32 and onednn.FASTER_TRANSPOSED
+    least_rows = _LARGE_PRODUCT / out_BKN[0].numel()
+    for x_t, y, out in parts:
+        if by_onednn and len(y) >= least_rows:
+            out.copy_(onednn.linear(x_t, y.t()))
         else:
-            torch.mm(x_t, y, out=out_LKN[expert])
-
-
-def _onednn(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-    """x y in float32."""
-    return torch.ops.mkldnn._linear_pointwise.default(x, y.t(), None, "none", [], "")
+            torch.mm(x_t, y, out=out)
 
 
 def _activate(pre_QG: torch.Tensor, activation: Activation) -> torch.Tensor:

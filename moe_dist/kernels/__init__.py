@@ -7,8 +7,11 @@
     combine       weighted sum of a token's rows, and its backward
     solvers       Sinkhorn and dual iterations of a routing group in one launch
 
-Each module imports triton; this one does not, nor does anything import the modules before `why_not()` said None. What they
-launch is checked on shapes, types and devices of its tensors (ValueError), never on their contents: the host does not wait.
+And for CPUs, without triton: `onednn`, float32 products where MKL uses only part of the processor.
+
+The Triton modules import triton; this one does not, nor does anything import them before `why_not()` said None. What
+they launch is checked on shapes, types and devices of its tensors (ValueError), never on their contents: the host does
+not wait.
 """
 
 from importlib.util import find_spec

@@ -10,6 +10,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from moe_dist.config.routing import ExpertGroupsConfig, RoutingConfig
+from moe_dist.kernels import onednn
 from moe_dist.routing.types import Choice
 
 LEAST_SPARSITY = 4
@@ -122,7 +123,8 @@ class _Linear(torch.autograd.Function):
     ) -> torch.Tensor:
         ctx.save_for_backward(hidden_TH, weight_EH)
         ctx.takes_sparse = True
-        return functional.linear(hidden_TH, weight_EH, bias_E)
+        logits_TE = onednn.matmul(hidden_TH, weight_EH.t())
+        return logits_TE if bias_E is None else logits_TE.add_(bias_E)
 
     @staticmethod
     @once_differentiable
@@ -132,7 +134,7 @@ class _Linear(torch.autograd.Function):
         to_hidden, to_weight, to_bias = ctx.needs_input_grad
         return (
             _times_weight(grad_TE, weight_EH) if to_hidden else None,
-            grad_TE.t() @ hidden_TH if to_weight else None,
+            _times(grad_TE.t(), hidden_TH) if to_weight else None,
             grad_TE.sum(0).to_dense() if to_bias else None,
         )
 
@@ -144,4 +146,8 @@ def _times_weight(grad_TE: torch.Tensor, weight_EH: torch.Tensor) -> torch.Tenso
         if (token_TK == token_TK[:, :1]).all():  # not so where chosen logits were gathered twice
             grad_TK = grad_TE._values().view_as(expert_TK)
             return functional.embedding_bag(expert_TK, weight_EH, per_sample_weights=grad_TK, mode="sum")
-    return grad_TE @ weight_EH
+    return _times(grad_TE, weight_EH)
+
+
+def _times(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    return x @ y if x.is_sparse else onednn.matmul(x, y)

@@ -16,6 +16,7 @@ from moe_dist.experts import cpu
 from moe_dist.experts.backends import BACKENDS, Activation
 from moe_dist.experts.blocks import Layout, arrange
 from moe_dist.experts.types import Incoming, Rows
+from moe_dist.kernels import onednn
 
 
 def multiple_of(number: int) -> Any:
@@ -117,15 +118,15 @@ def test_rows_that_are_not_there_have_weight_zero(case: tuple[Any, ...], weighte
 
 @pytest.mark.parametrize("activation", ["swiglu", "gelu"])
 @pytest.mark.parametrize("large", [1, 2**60])
-@pytest.mark.parametrize("onednn", [False, True])
+@pytest.mark.parametrize("by_onednn", [False, True])
 def test_either_library_computes_the_loop(
-    monkeypatch: pytest.MonkeyPatch, onednn: bool, large: int, activation: Activation
+    monkeypatch: pytest.MonkeyPatch, by_onednn: bool, large: int, activation: Activation
 ) -> None:
     """Float32 by oneDNN and by MKL, weight gradients of any size by either."""
-    if onednn and not cpu._HAS_ONEDNN:
+    if by_onednn and not onednn.AVAILABLE:
         pytest.skip("this torch has no oneDNN")
-    monkeypatch.setattr(cpu, "_FAST_ONEDNN", onednn)
-    monkeypatch.setattr(cpu, "_FAST_ONEDNN_GRADIENTS", onednn)
+    monkeypatch.setattr(onednn, "FASTER", by_onednn)
+    monkeypatch.setattr(onednn, "FASTER_TRANSPOSED", by_onednn)
     monkeypatch.setattr(cpu, "_LARGE_PRODUCT", large)
     segments = Segments([3, 0, 1, 130, 5, 600, 17, 0, 0, 2, 0, 9], [0, 1, 2, 3, 4, 5] * 2)
     results = []

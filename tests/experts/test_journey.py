@@ -19,6 +19,7 @@ from moe_dist.experts import backward_over_ranks, cpu, journey, whole
 from moe_dist.experts.backends import Activation, compute_loop
 from moe_dist.experts.journey import travel
 from moe_dist.experts.types import Kernels, Weights
+from moe_dist.kernels import onednn
 from moe_dist.parallel.collectives import start_all_to_all
 from moe_dist.placement import ExpertMap
 from moe_dist.routing import Routing
@@ -225,8 +226,9 @@ def test_gradients_are_finite_differences(name: str, layout: str) -> None:
 
 
 def is_the_same_for_any_number_of_chunks(share: Share, way: Way, num_chunks: list[int]) -> None:
-    for fast_onednn in {False, cpu._HAS_ONEDNN}:
-        with patch.multiple(cpu, _FAST_ONEDNN=fast_onednn, _FAST_ONEDNN_GRADIENTS=fast_onednn, _LARGE_PRODUCT=2**20):
+    for by_onednn in {False, onednn.AVAILABLE}:
+        choice = patch.multiple(onednn, FASTER=by_onednn, FASTER_TRANSPOSED=by_onednn)
+        with choice, patch.object(cpu, "_LARGE_PRODUCT", 2**20):
             expected = run(share, way)
             for number in num_chunks:
                 for part, right in zip(run(share, replace(way, num_chunks=number)), expected, strict=True):
