@@ -17,7 +17,7 @@ from moe_dist.model.names import global_tensors
 def engine_state(
     model: Transformer, parameters: list[LocalParameter], optimizer: torch.optim.Optimizer
 ) -> dict[str, torch.Tensor]:
-    """The tensors of this rank by global name; writing into them changes the model and the optimiser."""
+    """The tensors of this rank by global name; writing into them changes the model and the optimiser, but for `updates`."""
     state = {f"model.{name}": tensor for name, tensor in global_tensors(model)}
     local_of = {id(p.parameter): p.local for p in parameters}
     for moment in _moments(optimizer):
@@ -28,7 +28,7 @@ def engine_state(
         state |= {f"optimizer.{moment}.{name}": tensor for name, tensor in global_tensors(model, of)}
     for number, layer in model.moe_layers.items():
         state |= {f"balance.{number}.{name}": value for name, value in layer.router.balance.values()}
-    return state
+    return state | {"optimizer.updates": get_updates(optimizer)}
 
 
 def create_moments(optimizer: torch.optim.Optimizer) -> None:

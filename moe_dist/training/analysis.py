@@ -85,7 +85,7 @@ def write_analysis(run: Path, result: dict[str, Any]) -> Path:
 
 def _choices(engine: NativeEngine, batches: list[Any]) -> dict[str, Chosen]:
     """By layer number what evaluation chooses for all tokens of the batches."""
-    kept: dict[str, list[Chosen]] = {str(number): [] for number in engine.model.moe_layers}
+    kept: dict[str, list[Chosen]] = {str(number): [] for number in engine.moe_layers}
 
     def keep(number: str) -> Any:
         def hook(router: nn.Module, args: tuple[Tensor, Tokens], routing: Routing) -> None:
@@ -101,7 +101,7 @@ def _choices(engine: NativeEngine, batches: list[Any]) -> dict[str, Chosen]:
 
         return hook
 
-    layers = engine.model.moe_layers.items()
+    layers = engine.moe_layers.items()
     handles = [layer.router.register_forward_hook(keep(str(number))) for number, layer in layers]
     engine.evaluate(batches)
     for handle in handles:

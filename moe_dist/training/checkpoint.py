@@ -16,14 +16,13 @@ import torch.distributed.checkpoint as dcp
 
 from moe_dist.config import Config, ConfigError, dump_config
 from moe_dist.config.layout import owner_of_expert
-from moe_dist.engines.native import NativeEngine
-from moe_dist.engines.state import get_updates, set_updates
+from moe_dist.engines.engine import Engine
 from moe_dist.training.folder import complete_checkpoints
 
 FORMAT = 1
 
 
-def save_checkpoint(folder: Path, engine: NativeEngine, config: Config, step: int) -> Path:
+def save_checkpoint(folder: Path, engine: Engine, config: Config, step: int) -> Path:
     """Write the state after `step` steps; collective. The last `training.checkpoint.keep` checkpoints stay."""
     final = folder / f"step_{step:08d}"
     partial = folder / f"{final.name}.partial"
@@ -35,8 +34,7 @@ def save_checkpoint(folder: Path, engine: NativeEngine, config: Config, step: in
         (partial / "run.json").write_text(json.dumps({"format": FORMAT, "step": step, **placement}, indent=1))
         (partial / "config.yaml").write_text(dump_config(config))
     dist.barrier()
-    state = engine.state() | {"optimizer.updates": get_updates(engine.optimizer)}
-    dcp.save(state, checkpoint_id=partial)
+    dcp.save(engine.state(), checkpoint_id=partial)
     if is_writer:
         shutil.rmtree(final, ignore_errors=True)
         partial.rename(final)
@@ -46,7 +44,7 @@ def save_checkpoint(folder: Path, engine: NativeEngine, config: Config, step: in
     return final
 
 
-def load_checkpoint(checkpoint: Path, engine: NativeEngine) -> int:
+def load_checkpoint(checkpoint: Path, engine: Engine) -> int:
     """Read a checkpoint into the engine, whatever layout wrote it; collective. Returns its step.
 
     Raises ConfigError if it was written by a run of another model.
@@ -54,11 +52,10 @@ def load_checkpoint(checkpoint: Path, engine: NativeEngine) -> int:
     about = json.loads((checkpoint / "run.json").read_text())
     if about["format"] != FORMAT:
         raise ConfigError(f"--resume: {checkpoint} has format {about['format']}; this version reads {FORMAT}")
-    updates = torch.zeros(())
-    state = engine.state() | {"optimizer.updates": updates}
+    state = engine.state()
     _check_fits(checkpoint, state)
     dcp.load(state, checkpoint_id=checkpoint)
-    set_updates(engine.optimizer, updates)
+    engine.take_state(state)
     return about["step"]
 
 

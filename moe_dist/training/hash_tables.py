@@ -13,7 +13,7 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from moe_dist.config import Config, ConfigError
-from moe_dist.engines.native import NativeEngine
+from moe_dist.engines.engine import Engine
 from moe_dist.routing.hash import HashRouter
 from moe_dist.routing.tables import SavedTable, balanced_table, load_table, multi_hash, random_table
 from moe_dist.training.data import Data
@@ -23,7 +23,7 @@ DIMENSIONS = 32
 """Of the vectors that stand for tokens where no embeddings are given."""
 
 
-def set_tables(engine: NativeEngine, data: Data) -> None:
+def set_tables(engine: Engine, data: Data) -> None:
     """Give every hash router its table; collective. Rank 0 makes it: k-means may round otherwise on another machine."""
     routers = [router for router in engine.routers if isinstance(router, HashRouter)]
     if not routers:

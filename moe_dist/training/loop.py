@@ -15,7 +15,8 @@ import torch.distributed as dist
 from moe_dist.config import Config, Layout
 from moe_dist.config.methods import METHODS
 from moe_dist.engines.batch import Batch
-from moe_dist.engines.native import NativeEngine, StepResult
+from moe_dist.engines.engine import StepResult
+from moe_dist.engines.registry import build_engine
 from moe_dist.telemetry.records import RecordFile
 from moe_dist.training.checkpoint import load_checkpoint, save_checkpoint
 from moe_dist.training.data import Data
@@ -50,7 +51,7 @@ class Training:
 
     def __init__(self, config: Config, layout: Layout, device: torch.device, data: Data, folder: RunFolder) -> None:
         self.config, self.layout, self.data, self.folder = config, layout, data, folder
-        self.engine = NativeEngine(config, layout, device, config.model.vocab_size or data.vocab_size)
+        self.engine = build_engine(config, layout, device, config.model.vocab_size or data.vocab_size)
         set_tables(self.engine, data)
         self.progress = Progress(load_checkpoint(folder.checkpoint, self.engine) if folder.checkpoint else 0)
         if dist.get_rank() == 0:

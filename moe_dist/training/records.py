@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from moe_dist.engines.native import NativeEngine, StepResult
+from moe_dist.engines.engine import Engine, StepResult
 from moe_dist.routing import observation
 from moe_dist.routing.metrics import (
     avg_vio,
@@ -25,7 +25,7 @@ from moe_dist.routing.metrics import (
 
 
 def metrics_record(
-    engine: NativeEngine,
+    engine: Engine,
     result: StepResult,
     losses: dict[str, float],
     step: int,
@@ -47,7 +47,7 @@ def metrics_record(
     }
 
 
-def balance_record(engine: NativeEngine, result: StepResult) -> dict[str, Any]:
+def balance_record(engine: Engine, result: StepResult) -> dict[str, Any]:
     """Balance of the step over all ranks: of each MoE layer, and the mean of the layers."""
     load_NE, dropped_NE = result.load_NE.cpu(), result.dropped_NE.cpu()
     bias_NE = torch.stack([router.balance.bias_E for router in engine.routers]).cpu()
@@ -79,7 +79,7 @@ def _pad_rate(kept_NE: torch.Tensor, slots_N: torch.Tensor) -> torch.Tensor:
     return torch.where(slots_N > 0, 1 - kept_NE.sum(1) / slots_N.clamp(min=1), 0.0)
 
 
-def summed_losses(engine: NativeEngine) -> dict[str, float]:
+def summed_losses(engine: Engine) -> dict[str, float]:
     """Auxiliary losses of the step as they join the main loss: over all layers and ranks. Collective."""
     config = engine.config.routing.losses
     names = [name for name in type(config).model_fields if name != "scaling" and getattr(config, name).coefficient]
@@ -93,10 +93,10 @@ def summed_losses(engine: NativeEngine) -> dict[str, float]:
     return dict(zip(names, totals.tolist(), strict=True))
 
 
-def load_record(engine: NativeEngine, step: int, num_steps: int) -> dict[str, Any]:
+def load_record(engine: Engine, step: int, num_steps: int) -> dict[str, Any]:
     """What this rank did in the forward passes of the last `num_steps` steps, by MoE layer."""
     layers = {}
-    for number, layer in engine.model.moe_layers.items():
+    for number, layer in engine.moe_layers.items():
         recorder = engine.recorders[number]
         layers[str(number)] = {
             "experts": list(layer.own_experts),

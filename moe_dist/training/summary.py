@@ -49,7 +49,7 @@ def finish(training: Training) -> None:
     console = training.screen.console
     if training.final_load_NE is not None:
         expert_map = ExpertMap.from_owners(owner_of_expert(training.config))
-        console.print(load_table(training.final_load_NE, list(training.engine.model.moe_layers), expert_map))
+        console.print(load_table(training.final_load_NE, list(training.engine.moe_layers), expert_map))
     if summary["evaluation"]:
         evaluation = summary["evaluation"]
         console.print(

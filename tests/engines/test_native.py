@@ -12,7 +12,8 @@ from torch import nn
 
 from moe_dist.config import build_config
 from moe_dist.engines.batch import IGNORED
-from moe_dist.engines.native import NativeEngine, resolve_precision
+from moe_dist.engines.engine import resolve_precision
+from moe_dist.engines.native import NativeEngine
 from moe_dist.engines.optimizer import build_optimizer, local_parameters
 from moe_dist.engines.state import get_updates
 from moe_dist.model import Transformer

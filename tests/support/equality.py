@@ -15,13 +15,12 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch import nn
 from torch.distributed.tensor import DTensor
 
 from moe_dist.config import Config, Layout, build_config, layout_of
+from moe_dist.engines import registry
 from moe_dist.engines.batch import IGNORED, Batch
-from moe_dist.engines.native import NativeEngine
-from moe_dist.model.names import global_tensors, local_tensor
+from moe_dist.engines.engine import Engine
 from tests.support.distributed import run_ranks
 
 Tree = dict[str, Any]
@@ -142,14 +141,16 @@ def trace(
     return _merge(run_ranks(num_ranks, _train, tree, num_steps, gradients_at, fault))
 
 
-def build_engine(tree: Tree, engine: type[NativeEngine] = NativeEngine) -> tuple[NativeEngine, SyntheticData]:
+def build_engine(tree: Tree) -> tuple[Engine, SyntheticData]:
     """The engine of this rank, and its data."""
     num_ranks = dist.get_world_size()
     config = build_config(tree, num_ranks)
-    return engine(config, layout_of(config, num_ranks), torch.device("cpu"), VOCABULARY), SyntheticData(config)
+    return registry.build_engine(config, layout_of(config, num_ranks), torch.device("cpu"), VOCABULARY), SyntheticData(
+        config
+    )
 
 
-def train_step(engine: NativeEngine, data: SyntheticData, step: int) -> Any:
+def train_step(engine: Engine, data: SyntheticData, step: int) -> Any:
     """What the training loop does in a step, with a constant rate."""
     batches = data.micro_batches(step, engine.data_rank, engine.layout)
     num_targets, num_tokens = engine.sum_over_ranks(
@@ -217,41 +218,36 @@ def _differing_gradients(
     return found
 
 
-class _Probe(NativeEngine):
-    """Keeps gradients, as they are before clipping and the step."""
+def _keep_gradients(engine: Engine) -> dict[str, np.ndarray]:
+    """Filled in every step with the gradients as they are before clipping and the update."""
+    kept: dict[str, np.ndarray] = {}
+    loss_and_norm = engine.loss_and_norm
 
-    kept: dict[str, np.ndarray] | None = None
+    def keep(loss_sum: torch.Tensor) -> tuple[float, float]:
+        result = loss_and_norm(loss_sum)
+        kept.update(whole(dict(engine.gradients())))
+        return result
 
-    def accumulate(self, *args: Any) -> torch.Tensor:
-        """See NativeEngine."""
-        loss_sum = super().accumulate(*args)
-        if self.kept is not None:
-            self.kept = whole(dict(global_tensors(self.model, _local_gradient)))
-        return loss_sum
-
-
-def _local_gradient(parameter: nn.Parameter) -> torch.Tensor:
-    assert parameter.grad is not None
-    return local_tensor(parameter.grad)
+    engine.loss_and_norm = keep  # type: ignore[method-assign]
+    return kept
 
 
 def _train(tree: Tree, num_steps: int, gradients_at: tuple[int, ...], fault: Fault) -> Trace:
     """On each rank. The gradients are those of the dense parameters and of this rank's experts."""
     result = Trace([], [], [], [], {}, {})
     with fault():
-        engine, data = build_engine(tree, _Probe)
-        assert isinstance(engine, _Probe)
+        engine, data = build_engine(tree)
+        kept = _keep_gradients(engine) if gradients_at else {}
         for step in range(num_steps):
-            engine.kept = {} if step in gradients_at else None
             outcome = train_step(engine, data, step)
             assert not outcome.skipped
             result.losses.append(outcome.loss)
             result.grad_norms.append(outcome.grad_norm)
             result.loads.append(outcome.load_NE.numpy())
             result.drops.append(outcome.dropped_NE.numpy())
-            if engine.kept is not None:
-                result.gradients[step] = engine.kept
-    for number, layer in engine.model.moe_layers.items():
+            if step in gradients_at:
+                result.gradients[step] = dict(kept)
+    for number, layer in engine.moe_layers.items():
         result.biases[number] = layer.router.balance.bias_E.numpy()
     return result
 

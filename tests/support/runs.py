@@ -10,7 +10,6 @@ from torch.distributed.tensor import DTensor
 
 from moe_dist.config import layout_of, load_config
 from moe_dist.engines.native import NativeEngine
-from moe_dist.engines.state import get_updates
 from moe_dist.training.data import TextData
 from moe_dist.training.folder import RunFolder
 from moe_dist.training.loop import Training
@@ -59,6 +58,6 @@ def start(path: Path, overrides: list[str], output: Path, checkpoint: Path | Non
 
 def full_state(engine: NativeEngine) -> dict[str, npt.NDArray]:
     """What this rank has of the state of a checkpoint, by global name, each tensor whole; collective."""
-    state = engine.state() | {"optimizer.updates": get_updates(engine.optimizer)}
+    state = engine.state()
     whole = {name: tensor.full_tensor() if isinstance(tensor, DTensor) else tensor for name, tensor in state.items()}
     return {name: tensor.numpy(force=True).copy() for name, tensor in whole.items()}
