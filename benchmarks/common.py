@@ -157,10 +157,15 @@ def cores() -> int:
 
 
 def commit() -> str | None:
-    """The commit of this checkout, with "-dirty" if files differ from it; None outside a repository."""
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    answer = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
-    return answer.stdout.strip() or None
+    """The commit of this checkout, with "-dirty" if files other than results differ from it; None outside a repository."""
+    commit = _git("rev-parse", "HEAD")
+    changed = _git("status", "--porcelain", "--untracked-files=no", "--", "..", ":(exclude)results")
+    return f"{commit}-dirty" if commit and changed else commit or None
+
+
+def _git(*arguments: str) -> str:
+    folder = Path(__file__).parent
+    return subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True, check=False).stdout.strip()
 
 
 def cpu_name() -> str:
