@@ -27,7 +27,7 @@ from moe_dist.training.schedule import bias_rate, learning_rate
 
 Array = npt.NDArray[Any]
 Key = tuple[str, int, str]
-"""Of an array of a trace: what it is, the step or layer, and the name."""
+"""Of an array of a trace: what it is, the step, and the name."""
 
 
 @dataclass(frozen=True)
@@ -72,8 +72,8 @@ class Trace:
     """int64 [N, E] of each step, before anything is dropped."""
     drops: list[Array] = field(default_factory=list)
     """int64 [N, E] of each step."""
-    biases: dict[int, Array] = field(default_factory=dict)
-    """The loss-free bias of each MoE layer after the last step."""
+    biases_after: list[dict[int, Array]] = field(default_factory=list)
+    """After each step the loss-free bias of each MoE layer."""
     gradients: dict[int, dict[str, Array]] = field(default_factory=dict)
     """By step, then by global name: whole, reduced over all ranks, and not yet clipped."""
     weights: dict[str, Array] = field(default_factory=dict)
@@ -81,6 +81,11 @@ class Trace:
     routes: list[dict[int, Routes]] = field(default_factory=list)
     """Of each step by layer number."""
     disagreements: list[Disagreement] = field(default_factory=list)
+
+    @property
+    def biases(self) -> dict[int, Array]:
+        """The loss-free bias of each MoE layer after the last step."""
+        return self.biases_after[-1]
 
     def part(self, start: int, stop: int) -> "Trace":
         """The steps from `start` to before `stop`, counted from the first; the weights go with the first one."""
@@ -91,7 +96,7 @@ class Trace:
             grad_norms=self.grad_norms[start:stop],
             loads=self.loads[start:stop],
             drops=self.drops[start:stop],
-            biases=self.biases if stop >= len(self.losses) else {},
+            biases_after=self.biases_after[start:stop],
             gradients={step: found for step, found in self.gradients.items() if step in steps},
             weights={} if start else self.weights,
             routes=self.routes[start:stop],
@@ -143,9 +148,9 @@ def record(
         trace.loads.append(result.load_NE.cpu().numpy())
         trace.drops.append(result.dropped_NE.cpu().numpy())
         trace.routes.append({number: Routes.of_all(parts) for number, parts in routes.items() if parts})
+        trace.biases_after.append({n: _array(layer.router.balance.bias_E) for n, layer in engine.moe_layers.items()})
         if step in gradients_at:
             trace.gradients[step] = gradients
-    trace.biases = {number: _array(layer.router.balance.bias_E) for number, layer in engine.moe_layers.items()}
     return trace
 
 
@@ -196,7 +201,8 @@ def _tensors(trace: Trace) -> dict[Key, Array]:
         ("drops", 0, ""): np.array(trace.drops),
     }
     result |= {("weight", 0, name): array for name, array in trace.weights.items()}
-    result |= {("bias", layer, ""): array for layer, array in trace.biases.items()}
+    for place, biases in enumerate(trace.biases_after):
+        result |= {("bias", trace.first_step + place, f"layer {layer}"): array for layer, array in biases.items()}
     for step, gradients in trace.gradients.items():
         result |= {("gradient", step, name): array for name, array in gradients.items()}
     return result
@@ -212,7 +218,14 @@ def _merge(trace: Trace, parts: list[dict[Key, Array]], routes: list[list[dict[i
     steps = [[of_rank[place] for of_rank in routes] for place in range(len(trace.losses))]
     return replace(
         trace,
-        biases={layer: array for (what, layer, _), array in found.items() if what == "bias"},
+        biases_after=[
+            {
+                int(name.removeprefix("layer ")): array
+                for (what, at, name), array in found.items()
+                if what == "bias" and at == trace.first_step + place
+            }
+            for place in range(len(trace.losses))
+        ],
         gradients={
             step: {name: array for (what, at, name), array in found.items() if what == "gradient" and at == step}
             for step in trace.gradients
@@ -232,8 +245,9 @@ def _say(key: Key, rank: int) -> str:
         return f"step {number}: gradient of {name} on rank {rank} is not that of other ranks"
     if what == "weight":
         return f"initial weight {name} on rank {rank} is not that of other ranks"
-    of_layer = f" of layer {number}" if what == "bias" else ""
-    return f"{what}{of_layer} of rank {rank} are not those of rank 0"
+    if what == "bias":
+        return f"step {number}: bias of {name} on rank {rank} is not that of other ranks"
+    return f"{what} of rank {rank} are not those of rank 0"
 
 
 def relative_error(actual: Array, expected: Array) -> float:
