@@ -4,6 +4,7 @@ Under a launcher its ranks do the work; otherwise it starts ranks on this machin
 """
 
 import json
+import logging
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,6 +64,9 @@ def run(request: Request, num_ranks: int | None) -> int:
 
 def _verify_rank(request: Request, environment: Environment) -> int:
     keep_freed_memory()
+    logging.getLogger("torch.distributed.tensor._redistribute").setLevel(
+        logging.ERROR
+    )  # speed of gathering, which is rare
     is_first, num_ranks = environment.rank == 0, environment.num_ranks
     console = Console(highlight=False, markup=False, quiet=not is_first)
     config = load_config(request.path, request.overrides)

@@ -9,8 +9,8 @@ from moe_dist.training.comparison import Difference, Verdict
 from moe_dist.training.loop import TrainingError
 from moe_dist.training.verification import Outcome
 
-WIDTH = 150
-"""Columns where there is no terminal."""
+WIDTH = 200
+"""Columns where there is no terminal: enough for every row on one line."""
 MOST_FAILURES = 5
 """Told of each row."""
 
@@ -71,10 +71,10 @@ def _figures(verdict: Verdict) -> dict[str, Difference | None]:
     """The largest difference of each kind, by the heading of its column."""
     return {
         "weights": _largest(verdict, "weight"),
-        "loss, step 0": _largest(verdict, "loss", first_step=True),
+        "loss 0": _largest(verdict, "loss", first_step=True),
         "losses": _largest(verdict, "loss"),
-        "gradient norm": _largest(verdict, "norm"),
-        "loads, drops": _largest(verdict, "loads", "drops"),
+        "norm": _largest(verdict, "norm"),
+        "loads": _largest(verdict, "loads", "drops"),
         "biases": _largest(verdict, "bias"),
         "gradients": _largest(verdict, "gradient"),
     }
@@ -86,7 +86,11 @@ def _largest(verdict: Verdict, *kinds: str, first_step: bool = False) -> Differe
 
 
 def _short(difference: Difference) -> str:
-    return f"{difference.size:.0e}" if difference.size else "0"
+    return (
+        f"{difference.size:.0f}"
+        if difference.kind in ("loads", "drops")
+        else f"{difference.size:.0e}".replace("0e+00", "0")
+    )
 
 
 def _word(outcome: Outcome) -> str:
@@ -101,6 +105,5 @@ def _remarks(outcome: Outcome) -> list[str]:
     if outcome.verdict is None:
         return [f"not run: {outcome.reason}"]
     failures, flips = outcome.verdict.failures, outcome.verdict.flips
-    lines = [line if len(line) < 300 else f"{line[:250]} ... {line[-40:]}" for line in failures[:MOST_FAILURES]]
     more = [f"and {len(failures) - MOST_FAILURES} more differences"] if len(failures) > MOST_FAILURES else []
-    return [*lines, *more, *(f"routing flip at {flip}" for flip in flips)]
+    return [*failures[:MOST_FAILURES], *more, *(f"routing flip at {flip}" for flip in flips)]

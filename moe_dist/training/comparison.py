@@ -211,7 +211,13 @@ def _tensors(
 
 
 def _counts(what: str, step: int, actual: Array, expected: Array) -> Difference:
-    text = f"step {step}: {what} {actual.tolist()} should be {expected.tolist()}"
+    text = f"step {step}: {what}"
+    if len(places := np.argwhere(actual != expected)):
+        layer, expert = places[0].tolist()
+        text += (
+            f" of {len(places)} experts differ, first of expert {expert} in MoE layer {layer + 1} of {len(actual)}: "
+        )
+        text += f"{actual[layer, expert]} should be {expected[layer, expert]}"
     return Difference(what, step, "", float(np.abs(actual - expected).sum()), 0.0, text)
 
 
@@ -229,5 +235,7 @@ def _norm(step: int, actual: float, expected: float, bound: float) -> Difference
 
 
 def _bias(step: int, layer: int, actual: Array, expected: Array, bound: float) -> Difference:
-    text = f"step {step}: bias of layer {layer}: {actual.tolist()} should be {expected.tolist()}"
-    return Difference("bias", step, f"layer {layer}", float(np.abs(actual - expected).max()), bound, text)
+    error = float(np.abs(actual - expected).max())
+    return Difference(
+        "bias", step, f"layer {layer}", error, bound, f"step {step}: bias of layer {layer} is off by {error:.1e}"
+    )

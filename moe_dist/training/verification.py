@@ -29,6 +29,10 @@ from moe_dist.training.hash_tables import set_tables
 from moe_dist.training.tracing import Trace, gather, record, weights_of
 
 
+TARGETS = 1
+"""Sets the random numbers of the targets apart from others of the same seed, step and sequence."""
+
+
 class RaggedTargets:
     """Data of which other positions count in every sequence, so that it shows by how many targets each rank divides.
 
@@ -65,7 +69,7 @@ class RaggedTargets:
         size, length = self._training.global_batch_size, self._training.sequence_length
         if size // 2 <= number < size // 2 + size // 4:
             return torch.zeros(length, dtype=torch.bool)
-        generator = np.random.Generator(np.random.PCG64([self._training.seed, step, number]))
+        generator = np.random.Generator(np.random.PCG64([self._training.seed, step, number, TARGETS]))
         return torch.from_numpy(generator.random(length) < generator.random())
 
 

@@ -41,23 +41,21 @@ def judged(run: Trace) -> Verdict:
 
 
 @pytest.mark.parametrize(
-    ("name", "kind"),
+    ("name", "says"),
     [
-        ("experts scaled by 1/EP", "gradient"),
-        ("expert reduction skipped", "gradient"),
-        ("dense reduced twice", "gradient"),
-        ("auxiliary loss counted per rank", "gradient"),
-        ("clip norm counts experts EP times", "norm"),
+        ("experts scaled by 1/EP", "step 0: gradient of layers.1.experts."),
+        ("expert reduction skipped", "step 0: gradient of layers.1.experts."),
+        ("dense reduced twice", "step 0: gradient of embedding.weight "),
+        ("auxiliary loss counted per rank", "step 0: gradient of embedding.weight "),
+        ("clip norm counts experts EP times", "step 0: gradient norm "),
     ],
 )
-def test_a_planted_fault_is_seen_under_adamw(name: str, kind: str) -> None:
+def test_a_planted_fault_is_seen_under_adamw(name: str, says: str) -> None:
     plant = PLANTS[name]
     num_ranks, changes = LAYOUTS[plant.layout]
     assert judged(trace(changed(TREE, changes), num_ranks, 3, (0,))).failures == []
     verdict = judged(trace(changed(TREE, changes), num_ranks, 3, (0,), plant.fault))
-    assert any(text.startswith(f"step 0: {kind}") or f": {kind} of " in text for text in verdict.failures), (
-        verdict.failures
-    )
+    assert any(text.startswith(says) for text in verdict.failures), verdict.failures
 
 
 # Flips. A run is the reference again, changed by hand.
@@ -230,7 +228,7 @@ def test_targets_are_ragged_and_do_not_depend_on_the_layout() -> None:
         assert torch.equal(torch.cat([batch.target_BS for batch in apart]), together.target_BS)
         counts = [batch.num_targets() for batch in apart]
         assert counts[4:6] == [0, 0]  # all of the third of four ranks
-        assert len(set(counts)) >= 4
+        assert len(set(counts)) >= 3
         assert (together.target_BS == IGNORED).any()
 
 
