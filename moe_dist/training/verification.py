@@ -28,7 +28,6 @@ from moe_dist.training.data import Data
 from moe_dist.training.hash_tables import set_tables
 from moe_dist.training.tracing import Trace, gather, record, weights_of
 
-
 TARGETS = 1
 """Sets the random numbers of the targets apart from others of the same seed, step and sequence."""
 
