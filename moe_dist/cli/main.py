@@ -12,8 +12,9 @@ from typer.core import TyperGroup
 
 from moe_dist.cli import audit as audit_command
 from moe_dist.cli import config as config_command
-from moe_dist.cli.arguments import ConfigFile, Overrides, Ranks
+from moe_dist.cli.arguments import ConfigFile, Overrides, Ranks, positive
 from moe_dist.config import ConfigError, load_config
+from moe_dist.config.verification import load_reference, parse_engines, parse_layout
 from moe_dist.parallel.environment import read_environment
 from moe_dist.training.documents import check_documents
 from moe_dist.training.folder import default_output, open_folder
@@ -86,6 +87,54 @@ def train(
     from moe_dist.cli.train import train as run  # imports torch
 
     raise typer.Exit(run(config, overrides, ranks, output, resume))
+
+
+@app.command()
+def verify(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    ranks: Annotated[
+        int | None,
+        typer.Option(
+            "--ranks",
+            metavar="N",
+            parser=positive,
+            help="Number of ranks. Default: all GPUs, or 2; at least what CONFIG needs.",
+        ),
+    ] = None,
+    engines: Annotated[
+        str | None,
+        typer.Option("--engines", metavar="NAMES", help="Such as native,megatron. Default: all of this version."),
+    ] = None,
+    layouts: Annotated[
+        str | None,
+        typer.Option(
+            "--layouts",
+            metavar="LAYOUTS",
+            help="Such as 'data expert=2 expert=2,expert_tensor=2'. Default: those of a few sizes that each engine offers.",
+        ),
+    ] = None,
+    steps: Annotated[int, typer.Option("--steps", metavar="N", min=2, help="Steps of each row.")] = 20,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "--output", metavar="DIR", help="Where verify.json and the states of the reference go; shared by all nodes."
+        ),
+    ] = None,
+    local_rank: LocalRank = None,
+) -> None:
+    """Try whether every engine and layout trains CONFIG as one rank does: weights, losses, all gradients, loads.
+
+    Ends with exit code 1 if one does not.
+    """
+    names, tried = parse_engines(engines), layouts.split() if layouts else None
+    for layout in tried or ():
+        parse_layout(layout)
+    checked = load_reference(config, overrides or [], steps)
+    check_documents(checked)
+    from moe_dist.cli.verify import Request, run  # imports torch
+
+    raise typer.Exit(run(Request(config, overrides or [], steps, names, tried, output), ranks))
 
 
 @app.command("hash-table")

@@ -4,24 +4,27 @@ The data are made so that what a layout can get wrong shows: every sequence has 
 none (so in the finest layout there are micro-batches without any, and on four ranks a rank without any), and some end in
 padding. They are easy: each token has one successor, so that the loss falls fast.
 
-Shape letters: B sequences of a micro-batch, S sequence length, N MoE layers, E experts.
+Shape letters: B sequences of a micro-batch, S sequence length.
 """
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch.distributed.tensor import DTensor
 
 from moe_dist.config import Config, Layout, build_config, layout_of
 from moe_dist.engines import registry
 from moe_dist.engines.batch import IGNORED, Batch
 from moe_dist.engines.engine import Engine
+from moe_dist.training.comparison import Bounds, compare
+from moe_dist.training.tracing import Trace, gather, record, train_step, whole
 from tests.support.distributed import run_ranks
+
+__all__ = ["Trace", "train_step", "whole"]
+"""Of the package, for the tests."""
 
 Tree = dict[str, Any]
 VOCABULARY = 13
@@ -108,24 +111,6 @@ class SyntheticData:
         return torch.tensor(tokens[:-1]), torch.from_numpy(target), torch.from_numpy(padding)
 
 
-@dataclass(frozen=True)
-class Trace:
-    """What a run gave, of all ranks together."""
-
-    losses: list[float]
-    grad_norms: list[float]
-    loads: list[np.ndarray]
-    """int64 [N, E] of each step, before anything is dropped."""
-    drops: list[np.ndarray]
-    """int64 [N, E] of each step."""
-    biases: dict[int, np.ndarray]
-    """The loss-free bias of each MoE layer after the last step."""
-    gradients: dict[int, dict[str, np.ndarray]]
-    """By step, then by global name: whole, reduced over all ranks, and not yet clipped."""
-    disagreements: list[str] = field(default_factory=list)
-    """What should be the same on all ranks and is not."""
-
-
 Fault = Callable[[], AbstractContextManager[object]]
 
 
@@ -138,7 +123,9 @@ def trace(
         gradients_at: steps whose gradients are kept.
         fault: a context (module level) that each rank trains in.
     """
-    return _merge(run_ranks(num_ranks, _train, tree, num_steps, gradients_at, fault))
+    found = run_ranks(num_ranks, _train, tree, num_steps, gradients_at, fault)[0]
+    assert found is not None
+    return found
 
 
 def build_engine(tree: Tree) -> tuple[Engine, SyntheticData]:
@@ -150,24 +137,6 @@ def build_engine(tree: Tree) -> tuple[Engine, SyntheticData]:
     )
 
 
-def train_step(engine: Engine, data: SyntheticData, step: int) -> Any:
-    """What the training loop does in a step, with a constant rate."""
-    batches = data.micro_batches(step, engine.data_rank, engine.layout)
-    num_targets, num_tokens = engine.sum_over_ranks(
-        [sum(b.num_targets() for b in batches), sum(b.num_tokens() for b in batches)]
-    )
-    rates = engine.config.training.optimizer.learning_rate, engine.config.routing.bias.rate
-    return engine.train_step(batches, num_targets, num_tokens, *rates)
-
-
-def whole(tensors: dict[str, torch.Tensor]) -> dict[str, np.ndarray]:
-    """Gathered from the ranks that share them; collective. As numpy arrays, which cross processes by value."""
-    return {
-        name: (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().cpu().clone().numpy()
-        for name, tensor in tensors.items()
-    }
-
-
 def differences(actual: Trace, expected: Trace, tolerance: float = 1e-8, gradient: float = 1e-9) -> list[str]:
     """In words, what is not the same; empty if all is. Parameters come in the order of the model.
 
@@ -175,98 +144,19 @@ def differences(actual: Trace, expected: Trace, tolerance: float = 1e-8, gradien
         tolerance: of losses, gradient norms (both relative to 1) and biases.
         gradient: relative to the largest value of the tensor.
     """
-    found = list(actual.disagreements)
-    for step in sorted(actual.gradients):
-        found += _differing_gradients(step, actual.gradients[step], expected.gradients[step], gradient)
-    num_steps = len(actual.losses)
-    for what in ("loads", "drops"):
-        for step in range(num_steps):
-            counts, right = getattr(actual, what)[step], getattr(expected, what)[step]
-            if not np.array_equal(counts, right):
-                found.append(f"step {step}: {what} {counts.tolist()} should be {right.tolist()}")
-    found += differing_losses(actual, expected, tolerance)
-    for step, norm in enumerate(actual.grad_norms):
-        right = expected.grad_norms[step]
-        if not abs(norm - right) <= tolerance * max(1, right):
-            found.append(f"step {step}: gradient norm {norm} should be {right}: off by {abs(norm - right):.1e}")
-    if num_steps == len(expected.losses):
-        for layer, bias in actual.biases.items():
-            if not np.allclose(bias, expected.biases[layer], rtol=0, atol=tolerance):
-                found.append(f"bias of layer {layer}: {bias.tolist()} should be {expected.biases[layer].tolist()}")
-    return found
+    bounds = Bounds(loss=tolerance, gradient=gradient, norm=tolerance, bias=tolerance)
+    return [difference.text for difference in compare(actual, expected, bounds) if difference.is_large]
 
 
 def differing_losses(actual: Trace, expected: Trace, tolerance: float) -> list[str]:
     """In words, the losses that are not the same; a shorter run is compared as far as it goes."""
-    found = []
-    for step, loss in enumerate(actual.losses):
-        right = expected.losses[step]
-        if not abs(loss - right) <= tolerance:
-            found.append(f"step {step}: loss {loss} should be {right}: off by {abs(loss - right):.1e}")
-    return found
+    bounds = Bounds(loss=tolerance, gradient=0, norm=0, bias=0)
+    found = compare(actual, expected, bounds)
+    return [difference.text for difference in found if difference.kind == "loss" and difference.is_large]
 
 
-def _differing_gradients(
-    step: int, actual: dict[str, np.ndarray], expected: dict[str, np.ndarray], tolerance: float
-) -> list[str]:
-    assert actual.keys() == expected.keys(), sorted(actual.keys() ^ expected.keys())
-    found = []
-    for name, right in expected.items():
-        size, error = np.abs(right).max(), np.abs(actual[name] - right).max()
-        if not error <= tolerance * max(size, 1e-6):
-            found.append(f"step {step}: gradient of {name} is off by {error:.1e}, where its largest is {size:.1e}")
-    return found
-
-
-def _keep_gradients(engine: Engine) -> dict[str, np.ndarray]:
-    """Filled in every step with the gradients as they are before clipping and the update."""
-    kept: dict[str, np.ndarray] = {}
-    loss_and_norm = engine.loss_and_norm
-
-    def keep(loss_sum: torch.Tensor) -> tuple[float, float]:
-        result = loss_and_norm(loss_sum)
-        kept.update(whole(dict(engine.gradients())))
-        return result
-
-    engine.loss_and_norm = keep  # type: ignore[method-assign]
-    return kept
-
-
-def _train(tree: Tree, num_steps: int, gradients_at: tuple[int, ...], fault: Fault) -> Trace:
-    """On each rank. The gradients are those of the dense parameters and of this rank's experts."""
-    result = Trace([], [], [], [], {}, {})
+def _train(tree: Tree, num_steps: int, gradients_at: tuple[int, ...], fault: Fault) -> Trace | None:
+    """On each rank."""
     with fault():
         engine, data = build_engine(tree)
-        kept = _keep_gradients(engine) if gradients_at else {}
-        for step in range(num_steps):
-            outcome = train_step(engine, data, step)
-            assert not outcome.skipped
-            result.losses.append(outcome.loss)
-            result.grad_norms.append(outcome.grad_norm)
-            result.loads.append(outcome.load_NE.numpy())
-            result.drops.append(outcome.dropped_NE.numpy())
-            if step in gradients_at:
-                result.gradients[step] = dict(kept)
-    for number, layer in engine.moe_layers.items():
-        result.biases[number] = layer.router.balance.bias_E.numpy()
-    return result
-
-
-def _merge(traces: list[Trace]) -> Trace:
-    first, disagreements = traces[0], []
-    gradients: dict[int, dict[str, np.ndarray]] = {step: {} for step in first.gradients}
-    for rank, other in enumerate(traces):
-        for name in ("losses", "grad_norms", "loads", "drops", "biases"):
-            if not _equal(getattr(other, name), getattr(first, name)):
-                disagreements.append(f"{name} of rank {rank} are not those of rank 0")
-        for step, tensors in other.gradients.items():
-            for name, tensor in tensors.items():
-                if not _equal(gradients[step].setdefault(name, tensor), tensor):
-                    disagreements.append(f"step {step}: gradient of {name} on rank {rank} is not that of other ranks")
-    return replace(first, gradients=gradients, disagreements=disagreements)
-
-
-def _equal(actual: Any, expected: Any) -> bool:
-    if isinstance(expected, dict):
-        return actual.keys() == expected.keys() and all(_equal(actual[key], expected[key]) for key in expected)
-    return len(actual) == len(expected) and all(np.array_equal(a, b) for a, b in zip(actual, expected, strict=True))
+        return gather(record(engine, data, range(num_steps), gradients_at))

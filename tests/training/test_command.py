@@ -23,7 +23,7 @@ from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 from typer.testing import CliRunner
 
 from moe_dist.cli.main import app
-from moe_dist.cli.train import _first_failure
+from moe_dist.cli.ranks import first_failure
 from moe_dist.config import load_config
 from tests.support.runs import write_config
 
@@ -345,7 +345,7 @@ def test_the_rank_that_is_told_of_is_the_one_that_failed_first(others: dict, cau
         rank: failure(tmp_path, rank, code, told_at=when) if code > 0 else failure(tmp_path, rank, code, ended_at=when)
         for rank, (code, when) in others.items()
     }
-    assert _first_failure(failures)[0] == cause
+    assert first_failure(failures)[0] == cause
 
 
 # Mistakes, before any rank is started
@@ -356,7 +356,7 @@ def invoke(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
     """The command in this process; it must not come as far as starting ranks."""
     for name in ("RANK", "WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr("moe_dist.cli.train.elastic_launch", lambda *_: pytest.fail("started ranks"))
+    monkeypatch.setattr("moe_dist.cli.ranks.elastic_launch", lambda *_: pytest.fail("started ranks"))
     return lambda *arguments: CliRunner().invoke(app, ["train", *arguments])
 
 
@@ -419,7 +419,7 @@ def test_ctrl_c_before_ranks_are_started_ends_without_a_traceback(
     def press(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("moe_dist.cli.train.elastic_launch", press)
+    monkeypatch.setattr("moe_dist.cli.ranks.elastic_launch", press)
     result = invoke(str(tiny), *OVERRIDES, "--output", str(tmp_path / "new"))
     assert result.exit_code == 130
     assert isinstance(result.exception, SystemExit)
