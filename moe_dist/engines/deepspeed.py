@@ -20,7 +20,14 @@ from torch import nn
 from moe_dist.config import Config, Layout
 from moe_dist.config.deepspeed import deepspeed_tree
 from moe_dist.engines.batch import Batch
-from moe_dist.engines.deepspeed_layer import DeepSpeedMoELayer, expert_group, layer_class, moe_layer, parameter_groups
+from moe_dist.engines.deepspeed_layer import (
+    DeepSpeedMoELayer,
+    expert_group,
+    join_process_group,
+    layer_class,
+    moe_layer,
+    parameter_groups,
+)
 from moe_dist.engines.deepspeed_state import (
     base_optimizer,
     create_all_moments,
@@ -50,7 +57,7 @@ class DeepSpeedEngine(Engine):
         if self.stage == 0:
             self.precision = "float32"  # bfloat16 is refused, and auto means this
         os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed wants it even where nothing was launched
-        deepspeed.init_distributed()
+        join_process_group()
         group, kind = expert_group(layout.expert), layer_class(layout.expert)
         self.model = build_model(config, layout, vocab_size, device, self.precision, group, self.all_ranks, kind)
         if self.stage == 3:

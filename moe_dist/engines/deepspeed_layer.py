@@ -7,6 +7,7 @@ Shape letters: L experts on this rank.
 """
 
 import re
+import warnings
 from typing import Any
 
 import deepspeed
@@ -42,7 +43,7 @@ def moe_layer(
     Raises:
         ValueError: see MoELayer; or expert_parallel does not divide the ranks or the experts.
     """
-    deepspeed.init_distributed()
+    join_process_group()
     num_ranks = dist.get_world_size()
     if num_ranks % expert_parallel or moe.num_experts % expert_parallel:
         raise ValueError(
@@ -56,6 +57,15 @@ def moe_layer(
 def parameter_groups(model: nn.Module, weight_decay: float = 0.0) -> list[dict[str, Any]]:
     """Parameter groups for the optimiser that deepspeed.initialize gets: experts apart from the rest, decay on matrices only."""
     return split_params_into_different_moe_groups_for_optimizer(decay_groups(model.parameters(), weight_decay))
+
+
+def join_process_group() -> None:
+    """Let DeepSpeed use the default process group, or make one where there is none; collective."""
+    # On a CPU it would first compile C++ for a collective of its inference, and wait for ever for a build that was killed.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    # Of names that torch has changed and DeepSpeed still uses, in every step.
+    warnings.filterwarnings("ignore", message="`torch.distributed.", category=FutureWarning)
+    deepspeed.init_distributed()
 
 
 def layer_class(expert_parallel: int) -> type[MoELayer]:

@@ -12,8 +12,6 @@ from tests.engines.test_equality import RECIPES, SGD
 from tests.support.distributed import run_ranks
 from tests.support.equality import Tree, build_engine, changed, train_step
 
-pytest.importorskip("deepspeed")
-
 State = dict[str, np.ndarray]
 
 ADAMW = RECIPES["adamw, float32"]

@@ -25,8 +25,6 @@ from tests.engines.test_planted_faults import (
 )
 from tests.support.equality import changed, differences, trace
 
-pytest.importorskip("deepspeed")
-
 # Imports of deepspeed stand inside the faults, which run on the ranks: there the accelerator has been chosen.
 
 
