@@ -9,6 +9,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import deepspeed
 import torch
@@ -111,7 +112,8 @@ class DeepSpeedEngine(Engine):
 
     def drop_gradients(self) -> None:
         """See Engine. ZeRO skips a step by itself where it finds an overflow: so it is made to find one."""
-        zero, first = self.deepspeed.optimizer, next(self.model.parameters())
+        zero: Any = self.deepspeed.optimizer
+        first: Any = next(self.model.parameters())
         if self.stage == 0:
             self.deepspeed.zero_grad()
             return

@@ -3,6 +3,8 @@
 All functions are collective over the ranks that hold the same parameter.
 """
 
+from typing import Any
+
 import deepspeed
 import torch
 import torch.distributed as dist
@@ -91,6 +93,7 @@ def set_moments(engine: deepspeed.DeepSpeedEngine, moment: str, values: dict[nn.
 
 def _own_part(parameter: nn.Parameter, full: torch.Tensor) -> torch.Tensor:
     """What ZeRO 3 has on this rank of a flattened parameter: equal parts, the last one padded by zeros."""
-    size, rank = parameter.ds_tensor.numel(), dist.get_rank(parameter.ds_process_group)
+    sharded: Any = parameter
+    size, rank = sharded.ds_tensor.numel(), dist.get_rank(sharded.ds_process_group)
     part = full.flatten()[rank * size : (rank + 1) * size]
     return nn.functional.pad(part, (0, size - part.numel()))

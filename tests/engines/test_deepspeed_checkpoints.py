@@ -2,6 +2,7 @@
 
 import itertools
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -80,17 +81,22 @@ def test_a_run_goes_on_from_engine_to_engine(name: str, tmp_path: Path) -> None:
 # DeepSpeed's own checkpoints.
 
 
+def of_modules(engine: Any) -> State:
+    """Weights and biases of this rank, as its modules hold them. (After DeepSpeed's load it finds its moments no more.)"""
+    return {name: value.numpy(force=True).copy() for name, value in engine.deepspeed.module.state_dict().items()}
+
+
 def saved_by_deepspeed(tree: Tree, folder: Path) -> tuple[list[float], list[str], list[float]]:
     """Two steps, then two more; from the checkpoint between them the same again, in a new engine."""
     engine, data = build_engine(tree)
     for step in range(2):
         train_step(engine, data, step)
     engine.deepspeed.save_checkpoint(str(folder))
-    saved = snapshot(engine)
+    saved = of_modules(engine)
     losses = [train_step(engine, data, step).loss for step in (2, 3)]
     again, data = build_engine(tree)
     again.deepspeed.load_checkpoint(str(folder))
-    return losses, differing(snapshot(again), saved), [train_step(again, data, step).loss for step in (2, 3)]
+    return losses, differing(of_modules(again), saved), [train_step(again, data, step).loss for step in (2, 3)]
 
 
 @pytest.mark.parametrize(
