@@ -6,6 +6,7 @@ the number of all ranks). Ours are sums, so the loss is multiplied by the number
 
 import math
 import os
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
@@ -57,6 +58,8 @@ class DeepSpeedEngine(Engine):
         self.stage = config.engine.zero_stage
         if self.stage == 0:
             self.precision = "float32"  # bfloat16 is refused, and auto means this
+        # The norms of queries and keys are taken in float32 with bfloat16 weights.
+        warnings.filterwarnings("ignore", message="Mismatch dtype between input and weight")
         os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed wants it even where nothing was launched
         join_process_group()
         group, kind = expert_group(layout.expert), layer_class(layout.expert)

@@ -179,7 +179,7 @@ def test_a_step_that_is_not_finite_did_not_happen(name: str, spoilt: str) -> Non
 
 
 def losses_and_dtypes(tree: Tree) -> tuple[list[float], set[str], set[str], list[str]]:
-    """Six steps; the types of weights on the device and in a checkpoint, and what changes by writing it back."""
+    """Twenty steps; the types of weights on the device and in a checkpoint, and what changes by writing it back."""
     engine, data = build_engine(tree)
     results = [train_step(engine, data, step) for step in range(20)]
     assert not any(result.skipped for result in results)
@@ -202,7 +202,7 @@ def test_bfloat16_has_float32_master_weights(stage: int, expert: int) -> None:
         assert on_device == {"torch.bfloat16"}
         assert in_checkpoint == {"torch.float32"}
         assert changed_by_writing == []
-        assert np.abs(np.array(losses) - exact).max() < 0.1
+        assert np.abs(np.array(losses) - exact).max() < 0.2  # of losses from 3.1 to 0.04
         assert losses[-1] < losses[0] - 1
 
 

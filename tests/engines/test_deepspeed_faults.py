@@ -60,11 +60,20 @@ def expert_reduction_skipped() -> Any:
     return patch.object(DeepSpeedEngine, "_reduce_expert_gradients", lambda *_: None)
 
 
-def experts_reduced_over_all_ranks() -> Any:
+@contextmanager
+def experts_reduced_over_all_ranks() -> Iterator[None]:
     """As if they were no experts: gradients of different ones are added up."""
+    from deepspeed import DeepSpeedEngine
     from deepspeed.utils import groups
 
-    return patch.object(groups, "_get_expert_data_parallel_group", lambda name: dist.group.WORLD)
+    reduce = DeepSpeedEngine._reduce_expert_gradients
+
+    def faulty(self: Any, *args: Any) -> None:
+        with patch.object(groups, "_get_expert_data_parallel_group", lambda name: dist.group.WORLD):
+            reduce(self, *args)
+
+    with patch.object(DeepSpeedEngine, "_reduce_expert_gradients", faulty):
+        yield
 
 
 def auxiliary_losses_not_scaled() -> Any:
