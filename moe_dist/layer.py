@@ -113,7 +113,7 @@ class MoELayer(nn.Module):
         stage = untimed if recorder is None else recorder.stage
         with stage("route"):
             routing = self.router(hidden_TH, tokens)
-            routing = attach_losses(routing, tokens.share)
+            routing = attach_losses(routing, tokens.share * tokens.gradient_scale)
             if self.num_slices > 1:
                 routing = to_slices(routing, self.num_slices)
         input_TH = _to_compute_dtype(hidden_TH)

@@ -7,6 +7,7 @@ from typing import Any
 
 from moe_dist.config.backends import LIMITS, backend_problem
 from moe_dist.config.deepep import deepep_problems, most_choices
+from moe_dist.config.deepspeed import contradictions, deepspeed_problems
 from moe_dist.config.errors import ConfigError, show
 from moe_dist.config.layout import fewest_ranks, layout_of, moe_layers
 from moe_dist.config.methods import METHODS
@@ -44,6 +45,8 @@ def _engine(config: Config) -> Iterator[str]:
         if value > 1 and reasons[engine]:
             others = " or ".join(f"engine.name: {name}" for name in engines_offering(key))
             yield f"{key}: {value} is not offered by engine.name: {engine} ({reasons[engine]}); use 1, or {others}"
+    if engine == "deepspeed":
+        yield from deepspeed_problems(config)
 
 
 def _model(config: Config) -> Iterator[str]:
@@ -150,13 +153,15 @@ def _without_effect(config: Config) -> Iterator[str]:
     The settings of a part that is switched off (`routing.bias.rate` with rule: none) are no such request: switching it off
     by one override must not mean clearing them too.
     """
-    optimizer = config.training.optimizer.name
+    optimizer, engine = config.training.optimizer.name, config.engine.name
     idle = [
         (
             "parallel.expert: 1",
             config.parallel.expert * config.parallel.expert_tensor == 1,
             ["parallel.dispatch", "parallel.ranks_per_node", "parallel.overlap_chunks"],
         ),
+        (f"engine.name: {engine}", engine != "native", ["engine.sharding"]),
+        (f"engine.name: {engine}", engine != "deepspeed", ["engine.zero_stage", "engine.deepspeed"]),
         ("moe.num_shared_experts: 0", not config.moe.num_shared_experts, ["moe.shared_gate"]),
         (
             "routing.capacity: null",
@@ -198,7 +203,9 @@ def _ranks(config: Config, num_ranks: int | None) -> Iterator[str]:
         return
     # The first of these with a problem: each would follow from the one before.
     yield from (
-        [*_expert_map(config), *_slices(config)] or list(_batch(config, num_ranks)) or _widths(config, num_ranks)
+        [*_expert_map(config), *_slices(config)]
+        or list(_batch(config, num_ranks))
+        or [*_widths(config, num_ranks), *contradictions(config, num_ranks)]
     )
 
 
@@ -253,7 +260,7 @@ def _batch(config: Config, num_ranks: int) -> Iterator[str]:
 
 
 def _widths(config: Config, num_ranks: int) -> Iterator[str]:
-    if config.engine.sharding != "full":
+    if config.engine.name != "native" or config.engine.sharding != "full":
         return
     layout = layout_of(config, num_ranks)
     shards, slices = layout.expert_data, layout.expert_tensor

@@ -14,6 +14,7 @@ NOUNS = {
     "string": ("text", "text"),
     "boolean": ("true or false", "switches"),
     "null": ("null", "nulls"),
+    "object": ("a section", "sections"),
 }
 BOUNDS = {
     "exclusiveMinimum": "greater than",

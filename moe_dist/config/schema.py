@@ -3,7 +3,7 @@
 This package imports no torch, so that a wrong config is reported in well under a second.
 """
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
@@ -196,9 +196,15 @@ class EngineConfig(Section):
     """What runs the model on the ranks."""
 
     name: Literal["native", "deepspeed", "megatron"] = "native"
-    """native: PyTorch alone."""
+    """native: PyTorch alone; deepspeed: DeepSpeed's engine and ZeRO optimisers (docs/deepspeed.md)."""
     sharding: Literal["full", "replicate"] = "full"
-    """full: parameters, gradients and moments sharded over the data ranks by FSDP2; replicate: whole on each rank, like DDP."""
+    """Of the native engine. full: parameters, gradients and moments sharded over the data ranks by FSDP2; replicate: whole on
+    each rank, like DDP."""
+    zero_stage: Annotated[int, Field(ge=0, le=3, strict=True)] = 1
+    """Of the deepspeed engine: what ZeRO shards over the ranks that hold the same weights. 0: nothing; 1: moments; 2: gradients
+    too; 3: weights too, experts included, with parallel.expert: 1."""
+    deepspeed: dict[str, Any] = Field(default={})
+    """Of the deepspeed engine: keys of DeepSpeed's own configuration, merged over the one that this config makes."""
 
 
 class Config(Section):

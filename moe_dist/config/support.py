@@ -1,12 +1,18 @@
 """What each engine offers: the one table that the checks, `moe-dist config` and the docs read."""
 
+from importlib.util import find_spec
 from typing import Literal, get_args
+
+from moe_dist.config.errors import ConfigError
 
 EngineName = Literal["native", "deepspeed", "megatron"]
 
 ENGINES: tuple[str, ...] = get_args(EngineName)
-IMPLEMENTED = ("native",)
+IMPLEMENTED = ("native", "deepspeed")
 """Engines that this version can run. The others are in the table so that a refusal can name them."""
+
+PACKAGES = {"deepspeed": "deepspeed"}
+"""What an engine needs beside PyTorch: the name under which it is imported and installed."""
 
 SUPPORT: dict[str, dict[str, str]] = {
     # key                         engine -> "" where any value works, else why only 1 does
@@ -16,7 +22,11 @@ SUPPORT: dict[str, dict[str, str]] = {
         "deepspeed": "DeepSpeed's expert groups carry no expert tensor parallelism here",
         "megatron": "",
     },
-    "parallel.tensor": {"native": "it does not split attention and dense layers", "deepspeed": "", "megatron": ""},
+    "parallel.tensor": {
+        "native": "it does not split attention and dense layers",
+        "deepspeed": "it does not split attention and dense layers",
+        "megatron": "",
+    },
     "parallel.pipeline": {
         "native": "it has no pipeline stages",
         "deepspeed": "DeepSpeed's pipeline does not take MoE layers",
@@ -28,3 +38,13 @@ SUPPORT: dict[str, dict[str, str]] = {
 def engines_offering(key: str) -> list[str]:
     """Engines for which `key` may be above 1."""
     return [engine for engine in ENGINES if not SUPPORT[key][engine]]
+
+
+def require_package(engine: str) -> None:
+    """Raise ConfigError if what an engine needs is not installed. Imports nothing."""
+    package = PACKAGES.get(engine)
+    if package is not None and find_spec(package) is None:
+        raise ConfigError(
+            f"engine.name: {engine} needs the package {package}, which is not installed; "
+            f"install it by `pip install {package}`, or use engine.name: native"
+        )

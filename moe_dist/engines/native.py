@@ -8,11 +8,9 @@ import torch.distributed as dist
 from torch import nn
 
 from moe_dist.config import Config, Layout
-from moe_dist.config.layout import owner_of_expert
-from moe_dist.dispatch.exchange import build_exchange
 from moe_dist.engines.batch import Batch
 from moe_dist.engines.engine import Engine
-from moe_dist.engines.forward import model_loss, parts_of
+from moe_dist.engines.forward import build_model, model_loss, parts_of
 from moe_dist.engines.optimizer import (
     build_optimizer,
     clip,
@@ -21,13 +19,10 @@ from moe_dist.engines.optimizer import (
     squared_norm,
     take_gradients,
 )
-from moe_dist.engines.overlap import choose_num_chunks
 from moe_dist.engines.sharding import distribute
 from moe_dist.engines.state import create_moments, engine_state, set_updates
-from moe_dist.model import Transformer
 from moe_dist.model.names import global_tensors, local_tensor
 from moe_dist.parallel.groups import build_groups
-from moe_dist.placement import ExpertMap
 
 
 class NativeEngine(Engine):
@@ -36,39 +31,14 @@ class NativeEngine(Engine):
     def __init__(self, config: Config, layout: Layout, device: torch.device, vocab_size: int) -> None:
         self.groups = build_groups(layout.expert, device, layout.expert_tensor)
         super().__init__(config, layout, device, self.groups.data_rank)
-        overlap_chunks = config.parallel.overlap_chunks
-        expert_map, group = ExpertMap.from_owners(owner_of_expert(config)), self.groups.expert_parallel_group
-        self.model = Transformer(
-            config,
-            vocab_size,
-            group,
-            self.all_ranks,
-            expert_map,
-            layout.expert_tensor,
-            build_exchange(config, expert_map.sliced(layout.expert_tensor), group),
-            1 if overlap_chunks == "auto" else overlap_chunks,
-        ).to(device, torch.float64 if self.precision == "float64" else torch.float32)
-        if config.model.compile:
-            for block in self.model.blocks():
-                for part in (block.attention, block.ffn):
-                    if part is not None:
-                        part.compile()
-        if overlap_chunks == "auto":
-            self._choose_num_chunks(vocab_size)
+        self.model = build_model(
+            config, layout, vocab_size, device, self.precision, self.groups.expert_parallel_group, self.all_ranks
+        )
         self._sharded = distribute(self.model, self.groups, config.engine)
         self.parameters = local_parameters(self.model)
         self.optimizer = build_optimizer(self.parameters, config.training.optimizer)
-        create_moments(self.optimizer)
+        create_moments(self.optimizer, [p.local for p in self.parameters])
         self.watch(self.model.moe_layers)
-
-    def _choose_num_chunks(self, vocab_size: int) -> None:
-        training, layers = self.config.training, list(self.model.moe_layers.values())
-        sequences = training.micro_batch_size or training.global_batch_size // self.layout.data
-        chosen = choose_num_chunks(
-            layers[0], sequences, training.sequence_length, vocab_size, self.precision == "bfloat16"
-        )
-        for layer in layers:
-            layer.set_num_chunks(chosen)
 
     def accumulate(self, batches: list[Batch], num_targets: int, num_tokens: int, step: int = 0) -> torch.Tensor:
         """See Engine. Gradients are reduced while the last micro-batch runs backward."""

@@ -4,7 +4,9 @@ AdamW and SGD work on each value alone, so they run on the local part of every p
 fused kernels whether parameters are sharded, replicated or whole.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -37,11 +39,22 @@ def local_parameters(model: nn.Module) -> list[LocalParameter]:
 
 
 def build_optimizer(parameters: list[LocalParameter], config: OptimizerConfig) -> torch.optim.Optimizer:
-    """AdamW or SGD; weight decay on matrices only (expert stacks are matrices, norms and biases are not)."""
-    matrices = [p.local for p in parameters if p.parameter.dim() >= 2]
-    vectors = [p.local for p in parameters if p.parameter.dim() < 2]
-    groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-    groups = [group for group in groups if group["params"]]
+    """AdamW or SGD of the local parts."""
+    return optimizer_of(decay_groups([p.local for p in parameters], config.weight_decay), config)
+
+
+def decay_groups(parameters: Iterable[nn.Parameter], weight_decay: float) -> list[dict[str, Any]]:
+    """Parameter groups: weight decay on matrices only (expert stacks are matrices, norms and biases are not)."""
+    parameters = list(parameters)
+    groups: list[dict[str, Any]] = [
+        {"name": "matrices", "params": [p for p in parameters if p.dim() >= 2], "weight_decay": weight_decay},
+        {"name": "vectors", "params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]
+
+
+def optimizer_of(groups: list[dict[str, Any]], config: OptimizerConfig) -> torch.optim.Optimizer:
+    """AdamW or SGD of parameter groups."""
     if config.name == "sgd":
         return torch.optim.SGD(groups, lr=config.learning_rate, momentum=config.momentum, fused=True)
     return torch.optim.AdamW(groups, lr=config.learning_rate, betas=config.betas, eps=config.epsilon, fused=True)

@@ -1,12 +1,21 @@
 """Which engine runs a config."""
 
+import os
+
 import torch
 
 from moe_dist.config import Config, Layout
+from moe_dist.config.support import require_package
 from moe_dist.engines.engine import Engine
 from moe_dist.engines.native import NativeEngine
 
 
 def build_engine(config: Config, layout: Layout, device: torch.device, vocab_size: int) -> Engine:
-    """The engine that `engine.name` says, of this rank; collective."""
+    """The engine that `engine.name` says, of this rank; collective. Raises ConfigError if its package is not installed."""
+    require_package(config.engine.name)
+    if config.engine.name == "deepspeed":
+        os.environ.setdefault("DS_ACCELERATOR", device.type)  # read when deepspeed is imported
+        from moe_dist.engines.deepspeed import DeepSpeedEngine
+
+        return DeepSpeedEngine(config, layout, device, vocab_size)
     return NativeEngine(config, layout, device, vocab_size)

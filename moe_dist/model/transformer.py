@@ -56,8 +56,13 @@ class Transformer(nn.Module):
         expert_tensor: int = 1,
         exchange: Exchange | None = None,
         num_chunks: int = 1,
+        moe_layer: type[MoELayer] = MoELayer,
     ) -> None:
-        """See MoELayer for the groups, the map, expert_tensor, the exchange and num_chunks, which all layers share."""
+        """See MoELayer for the groups, the map, expert_tensor, the exchange and num_chunks, which all layers share.
+
+        Args:
+            moe_layer: the class of the MoE layers.
+        """
         super().__init__()
         model = config.model
         self.config = config
@@ -66,7 +71,7 @@ class Transformer(nn.Module):
         self.layers = nn.ModuleList(
             Block(
                 config,
-                MoELayer(
+                moe_layer(
                     model.hidden_size,
                     config.moe,
                     config.routing,

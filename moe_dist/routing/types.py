@@ -29,6 +29,9 @@ class Tokens:
     """Optimiser steps done before this one: what random numbers and schedules depend on."""
     share: float | torch.Tensor = 1.0
     """Weight of this micro-batch's auxiliary losses: its tokens over those of the optimiser step, on all ranks."""
+    gradient_scale: float = 1.0
+    """What the engine multiplies its loss by before backward: the gradients of auxiliary losses, which do not pass through that
+    loss, are multiplied by it too. Their values are not."""
 
 
 @dataclass(frozen=True)

@@ -32,7 +32,7 @@ WRONG = [
     (["parallel.expert=2", "--ranks", "3"], "--ranks: 3 is not valid; it should be 2 or a multiple of it"),
     (["parallel.expert_map=[0]"], "parallel.expert_map: has 1 entries"),
     (["parallel.tensor=2"], "parallel.tensor: 2 is not offered by engine.name: native"),
-    (["engine.name=megatron"], "engine.name: 'megatron' is not built in this version; use native"),
+    (["engine.name=megatron"], "engine.name: 'megatron' is not built in this version; use native, deepspeed"),
     (["model.num_heads=3"], "model.num_heads: 3 does not divide model.hidden_size = 256"),
     (["data.source=files", "data.paths=[nowhere]"], "data.paths: there is no file or folder 'nowhere'"),
     (["training.optimizer.momentum=0.9"], "training.optimizer.momentum: 0.9 has no effect"),
@@ -192,8 +192,8 @@ def test_config_abbreviates_large_layouts():
 def test_config_prints_sizes_and_support():
     lines = lines_of(run("config", "config.yaml"))
     assert "routed experts 17,301,504 4,325,376" in lines
-    assert "parallel.tensor above 1 no yes yes" in lines
-    assert "built in this version yes no no" in lines
+    assert "parallel.tensor above 1 no no yes" in lines
+    assert "built in this version yes yes no" in lines
 
 
 def test_config_prints_what_depends_on_the_layout():

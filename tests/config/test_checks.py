@@ -12,10 +12,14 @@ MESSAGES = [
     (
         ["parallel.tensor=2"],
         None,
-        r"parallel\.tensor: 2 is not offered by engine.name: native \(.*\); use 1, or engine.name: deepspeed or .*",
+        r"parallel\.tensor: 2 is not offered by engine.name: native \(.*\); use 1, or engine.name: megatron",
     ),
     (["parallel.pipeline=2"], None, r"parallel\.pipeline: 2 .* use 1, or engine.name: megatron"),
-    (["engine.name=megatron", "parallel.tensor=2"], None, r"engine\.name: 'megatron' is not built in .*; use native"),
+    (
+        ["engine.name=megatron", "parallel.tensor=2"],
+        None,
+        r"engine\.name: 'megatron' is not built in .*; use native, deepspeed",
+    ),
     # Model
     (["model.num_heads=3"], None, r"model\.num_heads: 3 does not divide model.hidden_size = 256; choose a divisor, .*"),
     (["model.num_kv_heads=3"], None, r"model\.num_kv_heads: 3 does not divide model.num_heads = 4"),
