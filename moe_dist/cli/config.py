@@ -49,7 +49,7 @@ def _batch(config: Config, layout: Layout) -> str:
 
 def _layout(config: Config, layout: Layout) -> Table:
     table = _table(f"Layout of {layout.num_ranks} ranks", "", "size", "groups of ranks")
-    table.add_row("data parallel", str(layout.data), _groups([list(range(layout.data))]))
+    table.add_row("data parallel", str(layout.data), _groups(layout.data_groups()))
     slices = layout.expert_tensor
     size = f"{layout.expert} x {slices}" if slices > 1 else str(layout.expert)
     table.add_row("expert parallel", size, _groups(layout.expert_groups()))

@@ -9,6 +9,7 @@ from moe_dist.config.backends import LIMITS, backend_problem
 from moe_dist.config.deepep import deepep_problems, most_choices
 from moe_dist.config.errors import ConfigError, show
 from moe_dist.config.layout import fewest_ranks, layout_of, moe_layers
+from moe_dist.config.megatron import megatron_batch_problems, megatron_problems
 from moe_dist.config.methods import METHODS
 from moe_dist.config.routing import SequenceGroup
 from moe_dist.config.routing_checks import routing_problems
@@ -26,6 +27,7 @@ def check(config: Config, num_ranks: int | None = None) -> None:
         *_training(config),
         *_backend(config),
         *_dispatch(config),
+        *(megatron_problems(config) if config.engine.name == "megatron" else ()),
         *_without_effect(config),
     ]
     problems = problems or list(_ranks(config, num_ranks))  # the arithmetic of ranks presumes that the rest is right
@@ -150,8 +152,10 @@ def _without_effect(config: Config) -> Iterator[str]:
     The settings of a part that is switched off (`routing.bias.rate` with rule: none) are no such request: switching it off
     by one override must not mean clearing them too.
     """
-    optimizer = config.training.optimizer.name
+    optimizer, engine = config.training.optimizer.name, config.engine.name
     idle = [
+        (f"engine.name: {engine}", engine != "native", ["engine.sharding"]),
+        (f"engine.name: {engine}", engine != "megatron", ["engine.distributed_optimizer", "engine.emulate_cuda"]),
         (
             "parallel.expert: 1",
             config.parallel.expert * config.parallel.expert_tensor == 1,
@@ -250,10 +254,12 @@ def _batch(config: Config, num_ranks: int) -> Iterator[str]:
             f"routing.group.sequences: {group.sequences} does not divide the micro-batch of "
             f"{micro_batch_size} sequences that each rank holds; use a divisor, or rank"
         )
+    elif config.engine.name == "megatron":
+        yield from megatron_batch_problems(config, micro_batch_size)
 
 
 def _widths(config: Config, num_ranks: int) -> Iterator[str]:
-    if config.engine.sharding != "full":
+    if config.engine.name != "native" or config.engine.sharding != "full":
         return
     layout = layout_of(config, num_ranks)
     shards, slices = layout.expert_data, layout.expert_tensor

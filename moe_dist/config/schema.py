@@ -196,9 +196,14 @@ class EngineConfig(Section):
     """What runs the model on the ranks."""
 
     name: Literal["native", "deepspeed", "megatron"] = "native"
-    """native: PyTorch alone."""
+    """native: PyTorch alone; megatron: Megatron-Core's GPTModel, schedules and optimizer around our MoE layers."""
     sharding: Literal["full", "replicate"] = "full"
-    """full: parameters, gradients and moments sharded over the data ranks by FSDP2; replicate: whole on each rank, like DDP."""
+    """full: parameters, gradients and moments sharded over the data ranks by FSDP2; replicate: whole on each rank, like DDP.
+    Of native only."""
+    distributed_optimizer: Switch = True
+    """Moments and main weights spread over the data ranks by Megatron's distributed optimizer. Of megatron only."""
+    emulate_cuda: Switch = False
+    """Run Megatron-Core on CPUs, which it is not made for: to try a layout, and for tests. Of megatron only."""
 
 
 class Config(Section):

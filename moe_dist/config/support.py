@@ -5,7 +5,7 @@ from typing import Literal, get_args
 EngineName = Literal["native", "deepspeed", "megatron"]
 
 ENGINES: tuple[str, ...] = get_args(EngineName)
-IMPLEMENTED = ("native",)
+IMPLEMENTED = ("native", "megatron")
 """Engines that this version can run. The others are in the table so that a refusal can name them."""
 
 SUPPORT: dict[str, dict[str, str]] = {

@@ -8,5 +8,15 @@ from moe_dist.engines.native import NativeEngine
 
 
 def build_engine(config: Config, layout: Layout, device: torch.device, vocab_size: int) -> Engine:
-    """The engine that `engine.name` says, of this rank; collective."""
+    """The engine that `engine.name` says, of this rank; collective.
+
+    Raises ConfigError if what it needs is not installed or not there.
+    """
+    if config.engine.name == "megatron":
+        from moe_dist.engines.megatron_groups import check_megatron
+
+        check_megatron(config, device)  # before the next import, which needs megatron-core
+        from moe_dist.engines.megatron import MegatronEngine
+
+        return MegatronEngine(config, layout, device, vocab_size)
     return NativeEngine(config, layout, device, vocab_size)
