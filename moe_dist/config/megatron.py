@@ -14,6 +14,11 @@ def megatron_problems(config: Config) -> Iterator[str]:
         yield f"training.precision: float64 is not offered by engine.name: megatron; use float32 or bfloat16, {instead}"
     if model.qk_norm == "width":
         yield f"model.qk_norm: width is not offered by engine.name: megatron, which knows head and none; use one, {instead}"
+    if config.training.optimizer.name == "sgd" and config.engine.distributed_optimizer:
+        yield (
+            "engine.distributed_optimizer: true is not offered with training.optimizer.name: sgd (Megatron-Core's takes Adam "
+            "only); use false, or adamw"
+        )
     if model.compile:
         yield f"model.compile: true is not offered by engine.name: megatron; use false, {instead}"
     if parallel.overlap_chunks == "auto":

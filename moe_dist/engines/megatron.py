@@ -22,6 +22,7 @@ from megatron.core.distributed import (
 )
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed, vocab_parallel_cross_entropy
+from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
@@ -105,6 +106,10 @@ class MegatronEngine(Engine):
             _mesh(parallel_state.get_tensor_model_parallel_group(), device),
             _mesh(parallel_state.get_expert_tensor_parallel_group(), device),
         )
+        for parameter, parts in self.pieces.items():
+            if parts[0].mesh is not None and not hasattr(parameter, "tensor_model_parallel"):
+                # Or the gradient norm would count one rank's part only. Megatron sets it where it draws the weights.
+                set_tensor_model_parallel_attributes(parameter, True, parts[0].dimension, 1)
         initialise(self.pieces, config)
         self.chunk = DistributedDataParallel(
             self.megatron_config,

@@ -10,7 +10,6 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import lru_cache
-from importlib import metadata
 from importlib.util import find_spec
 from typing import Any
 
@@ -68,7 +67,7 @@ def megatron_context(config: Config) -> Callable[[], AbstractContextManager[None
     emulation = cuda_on_cpu if config.engine.emulate_cuda else _nothing
     with emulation():
         sizes = (parallel.tensor, parallel.pipeline, parallel.expert, parallel.expert_tensor)
-        inside = _build_groups(dist.group.WORLD, *sizes)
+        inside = _build_groups(dist.group.WORLD, config.engine.emulate_cuda, *sizes)
 
     @contextmanager
     def context() -> Iterator[None]:
@@ -76,6 +75,9 @@ def megatron_context(config: Config) -> Callable[[], AbstractContextManager[None
 
         with ExitStack() as stack:
             stack.enter_context(emulation())
+            if config.engine.emulate_cuda:  # of what is slow or missing on CPUs, which nobody runs for its speed
+                stack.enter_context(warnings.catch_warnings())
+                warnings.simplefilter("ignore")
             outside = _globals()
             stack.callback(vars(parallel_state).update, outside)
             vars(parallel_state).update(inside)
@@ -92,12 +94,13 @@ def _nothing() -> Iterator[None]:
 
 @lru_cache
 def _build_groups(
-    world: dist.ProcessGroup | None, tensor: int, pipeline: int, expert: int, expert_tensor: int
+    world: dist.ProcessGroup | None, emulated: bool, tensor: int, pipeline: int, expert: int, expert_tensor: int
 ) -> dict[str, Any]:
-    with quiet_import():
-        from megatron.core import parallel_state
+    from megatron.core import parallel_state
 
-    outside = _globals()
+    outside, create_group = _globals(), parallel_state.create_group
+    if emulated:
+        parallel_state.create_group = _shared(create_group)
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=tensor,
         pipeline_model_parallel_size=pipeline,
@@ -106,8 +109,22 @@ def _build_groups(
         create_gloo_process_groups=False,
     )
     inside = _globals()
+    parallel_state.create_group = create_group
     vars(parallel_state).update(outside)
     return inside
+
+
+def _shared(create_group: Callable[..., Any]) -> Callable[..., Any]:
+    """Of gloo groups one is enough for the same ranks: calls come in the same order on all of them."""
+    made: dict[tuple[int, ...], Any] = {}
+
+    def create(ranks: list[int], *args: Any, **kwargs: Any) -> Any:
+        key = tuple(ranks)
+        if key not in made:
+            made[key] = create_group(ranks, *args, **kwargs)
+        return made[key]
+
+    return create
 
 
 def _globals() -> dict[str, Any]:
@@ -123,8 +140,3 @@ def quiet_import() -> Iterator[None]:
         warnings.simplefilter("ignore")
         yield
     logging.getLogger("megatron.core").setLevel(logging.ERROR)  # "Unknown MLP type" of every layer
-
-
-def megatron_version() -> str:
-    """Of Megatron-Core."""
-    return metadata.version("megatron-core")

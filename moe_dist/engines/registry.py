@@ -13,10 +13,11 @@ def build_engine(config: Config, layout: Layout, device: torch.device, vocab_siz
     Raises ConfigError if what it needs is not installed or not there.
     """
     if config.engine.name == "megatron":
-        from moe_dist.engines.megatron_groups import check_megatron
+        from moe_dist.engines.megatron_groups import check_megatron, quiet_import
 
         check_megatron(config, device)  # before the next import, which needs megatron-core
-        from moe_dist.engines.megatron import MegatronEngine
+        with quiet_import():
+            from moe_dist.engines.megatron import MegatronEngine
 
         return MegatronEngine(config, layout, device, vocab_size)
     return NativeEngine(config, layout, device, vocab_size)

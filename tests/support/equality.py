@@ -255,15 +255,19 @@ def _train(tree: Tree, num_steps: int, gradients_at: tuple[int, ...], fault: Fau
 def _merge(traces: list[Trace]) -> Trace:
     first, disagreements = traces[0], []
     gradients: dict[int, dict[str, np.ndarray]] = {step: {} for step in first.gradients}
+    biases: dict[int, np.ndarray] = {}
     for rank, other in enumerate(traces):
-        for name in ("losses", "grad_norms", "loads", "drops", "biases"):
+        for layer, bias in other.biases.items():
+            if not _equal(biases.setdefault(layer, bias), bias):
+                disagreements.append(f"bias of layer {layer} on rank {rank} is not that of other ranks")
+        for name in ("losses", "grad_norms", "loads", "drops"):
             if not _equal(getattr(other, name), getattr(first, name)):
                 disagreements.append(f"{name} of rank {rank} are not those of rank 0")
         for step, tensors in other.gradients.items():
             for name, tensor in tensors.items():
                 if not _equal(gradients[step].setdefault(name, tensor), tensor):
                     disagreements.append(f"step {step}: gradient of {name} on rank {rank} is not that of other ranks")
-    return replace(first, gradients=gradients, disagreements=disagreements)
+    return replace(first, gradients=gradients, biases=biases, disagreements=disagreements)
 
 
 def _equal(actual: Any, expected: Any) -> bool:
