@@ -74,7 +74,9 @@ class Piece:
 Pieces = dict[nn.Parameter, list[Piece]]
 
 
-def pieces_of(model: Any, config: Config, vocab_size: int, tensor: DeviceMesh | None, slices: DeviceMesh | None) -> Pieces:
+def pieces_of(
+    model: Any, config: Config, vocab_size: int, tensor: DeviceMesh | None, slices: DeviceMesh | None
+) -> Pieces:
     """The named pieces of every parameter of a pipeline stage (a GPTModel).
 
     Args:
@@ -85,7 +87,9 @@ def pieces_of(model: Any, config: Config, vocab_size: int, tensor: DeviceMesh | 
     hidden = config.model.hidden_size
     found: Pieces = {}
 
-    def add(parameter: nn.Parameter, name: str, shape: tuple[int, ...], cut: int | None = None, of: View = _whole) -> None:
+    def add(
+        parameter: nn.Parameter, name: str, shape: tuple[int, ...], cut: int | None = None, of: View = _whole
+    ) -> None:
         mesh = tensor if cut is not None else None
         found.setdefault(parameter, []).append(Piece(name, of, shape, cut if mesh else None, mesh))
 

@@ -68,8 +68,7 @@ def balance_record(result: StepResult, biases: dict[int, torch.Tensor]) -> dict[
     for name in observed[0]:
         columns[name] = torch.tensor([means[name] for means in observed])
     layers = {
-        str(layer): {name: column[n].item() for name, column in columns.items()}
-        for n, layer in enumerate(biases)
+        str(layer): {name: column[n].item() for name, column in columns.items()} for n, layer in enumerate(biases)
     }
     return {"mean": {name: column.double().mean().item() for name, column in columns.items()}, "layers": layers}
 
