@@ -32,7 +32,7 @@ MESSAGES = [
         None,
         r"engine\.distributed_optimizer: true is not offered with .* sgd .*; use false, or adamw",
     ),
-    (["engine.name=megatron", "engine.sharding=replicate"], None, r"engine\.sharding: replicate has no effect with .*"),
+    (["engine.name=megatron", "engine.sharding=replicate"], None, r"engine\.sharding: 'replicate' has no effect with .*"),
     (["engine.emulate_cuda=true"], None, r"engine\.emulate_cuda: true has no effect with engine.name: native; .*"),
     # Model
     (["model.num_heads=3"], None, r"model\.num_heads: 3 does not divide model.hidden_size = 256; choose a divisor, .*"),
