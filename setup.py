@@ -18,8 +18,10 @@ setup(
         "wandb": ["wandb"],
         "hf": ["transformers", "safetensors"],
         "dev": [
+            "deepspeed",
             "hypothesis",
             "import-linter",
+            "megatron-core",
             "mypy",
             "POT",
             "psutil",

@@ -12,7 +12,7 @@ from moe_dist.config.layout import owner_of_expert
 from moe_dist.config.methods import FEATURES, METHODS
 from moe_dist.config.routing import RoutingConfig
 from moe_dist.config.size import size_of
-from moe_dist.config.support import ENGINES, IMPLEMENTED, SUPPORT
+from moe_dist.config.support import ENGINES, SUPPORT
 
 T = TypeVar("T")
 
@@ -49,7 +49,7 @@ def _batch(config: Config, layout: Layout) -> str:
 
 def _layout(config: Config, layout: Layout) -> Table:
     table = _table(f"Layout of {layout.num_ranks} ranks", "", "size", "groups of ranks")
-    table.add_row("data parallel", str(layout.data), _groups([list(range(layout.data))]))
+    table.add_row("data parallel", str(layout.data), _groups(layout.data_groups()))
     slices = layout.expert_tensor
     size = f"{layout.expert} x {slices}" if slices > 1 else str(layout.expert)
     table.add_row("expert parallel", size, _groups(layout.expert_groups()))
@@ -117,7 +117,6 @@ def _support() -> Table:
     table = _table("What each engine offers", "", *ENGINES)
     for key, reasons in SUPPORT.items():
         table.add_row(f"{key} above 1", *("no" if reasons[engine] else "yes" for engine in ENGINES))
-    table.add_row("built in this version", *("yes" if engine in IMPLEMENTED else "no" for engine in ENGINES))
     return table
 
 

@@ -10,11 +10,12 @@ from moe_dist.config.deepep import deepep_problems, most_choices
 from moe_dist.config.deepspeed import contradictions, deepspeed_problems
 from moe_dist.config.errors import ConfigError, show
 from moe_dist.config.layout import fewest_ranks, layout_of, moe_layers
+from moe_dist.config.megatron import megatron_batch_problems, megatron_problems
 from moe_dist.config.methods import METHODS
 from moe_dist.config.routing import SequenceGroup
 from moe_dist.config.routing_checks import routing_problems
 from moe_dist.config.schema import BYTE_VOCABULARY, MOST_EXPERTS, Config, DataConfig
-from moe_dist.config.support import ENGINES, IMPLEMENTED, SUPPORT, engines_offering
+from moe_dist.config.support import SUPPORT, engines_offering
 
 
 def check(config: Config, num_ranks: int | None = None) -> None:
@@ -27,6 +28,7 @@ def check(config: Config, num_ranks: int | None = None) -> None:
         *_training(config),
         *_backend(config),
         *_dispatch(config),
+        *(megatron_problems(config) if config.engine.name == "megatron" else ()),
         *_without_effect(config),
     ]
     problems = problems or list(_ranks(config, num_ranks))  # the arithmetic of ranks presumes that the rest is right
@@ -36,10 +38,6 @@ def check(config: Config, num_ranks: int | None = None) -> None:
 
 def _engine(config: Config) -> Iterator[str]:
     engine = config.engine.name
-    if engine not in IMPLEMENTED:
-        have = ", ".join(name for name in ENGINES if name in IMPLEMENTED)
-        yield f"engine.name: {engine!r} is not built in this version; use {have}"
-        return
     for key, reasons in SUPPORT.items():
         value = _value(config.model_dump(), key)
         if value > 1 and reasons[engine]:
@@ -155,6 +153,7 @@ def _without_effect(config: Config) -> Iterator[str]:
     """
     optimizer, engine = config.training.optimizer.name, config.engine.name
     idle = [
+        (f"engine.name: {engine}", engine != "megatron", ["engine.distributed_optimizer", "engine.emulate_cuda"]),
         (
             "parallel.expert: 1",
             config.parallel.expert * config.parallel.expert_tensor == 1,
@@ -257,6 +256,8 @@ def _batch(config: Config, num_ranks: int) -> Iterator[str]:
             f"routing.group.sequences: {group.sequences} does not divide the micro-batch of "
             f"{micro_batch_size} sequences that each rank holds; use a divisor, or rank"
         )
+    elif config.engine.name == "megatron":
+        yield from megatron_batch_problems(config, micro_batch_size)
 
 
 def _widths(config: Config, num_ranks: int) -> Iterator[str]:

@@ -11,12 +11,15 @@ from moe_dist.config.schema import Config
 class Layout:
     """Sizes of the parallel dimensions of a run.
 
-    Expert parallelism folds over the data ranks: consecutive data ranks form an expert-parallel group (each holds other
-    experts and other tokens), and the ranks of equal place in these groups form an expert-data group (the same experts).
-    With expert tensor parallelism, consecutive ranks of an expert-parallel group hold slices of the same experts.
+    Pipeline stages are blocks of consecutive ranks; inside a stage, consecutive ranks are tensor-parallel and hold the same
+    tokens. Expert parallelism folds over the ranks of a stage: consecutive ranks form an expert-parallel group (each holds
+    other experts), and the ranks of equal place in these groups form an expert-data group (the same experts). With expert
+    tensor parallelism, consecutive ranks of an expert-parallel group hold slices of the same experts.
     """
 
     num_ranks: int
+    tensor: int
+    pipeline: int
     data: int
     expert: int
     expert_tensor: int
@@ -24,20 +27,39 @@ class Layout:
     micro_batch_size: int
     accumulation_steps: int
 
+    @property
+    def copies(self) -> int:
+        """Ranks that hold the same tokens."""
+        return self.tensor * self.pipeline
+
+    def data_groups(self) -> list[list[int]]:
+        """Ranks of each group that holds different tokens, and the same dense weights."""
+        stage = self.num_ranks // self.pipeline
+        return [
+            list(range(first, start + stage, self.tensor))
+            for start in range(0, self.num_ranks, stage)
+            for first in range(start, start + self.tensor)
+        ]
+
     def expert_groups(self) -> list[list[int]]:
         """Ranks of each expert-parallel group: expert * expert_tensor of them."""
-        size = self.expert * self.expert_tensor
-        return [list(range(start, start + size)) for start in range(0, self.data, size)]
+        return self._blocks(self.expert * self.expert_tensor)
 
     def expert_tensor_groups(self) -> list[list[int]]:
         """Ranks of each group that holds the slices of the same experts."""
-        size = self.expert_tensor
-        return [list(range(start, start + size)) for start in range(0, self.data, size)]
+        return self._blocks(self.expert_tensor)
 
     def expert_data_groups(self) -> list[list[int]]:
         """Ranks of each group that holds the same experts, and the same slice of each."""
-        size = self.expert * self.expert_tensor
-        return [list(range(place, self.data, size)) for place in range(size)]
+        size, stage = self.expert * self.expert_tensor, self.num_ranks // self.pipeline
+        return [
+            list(range(start + place, start + stage, size))
+            for start in range(0, self.num_ranks, stage)
+            for place in range(size)
+        ]
+
+    def _blocks(self, size: int) -> list[list[int]]:
+        return [list(range(start, start + size)) for start in range(0, self.num_ranks, size)]
 
 
 def fewest_ranks(config: Config) -> int:
@@ -54,10 +76,12 @@ def layout_of(config: Config, num_ranks: int | None = None) -> Layout:
     micro_batch_size = training.micro_batch_size or training.global_batch_size // data
     return Layout(
         num_ranks=num_ranks,
+        tensor=parallel.tensor,
+        pipeline=parallel.pipeline,
         data=data,
         expert=parallel.expert,
         expert_tensor=parallel.expert_tensor,
-        expert_data=data // (parallel.expert * parallel.expert_tensor),
+        expert_data=num_ranks // parallel.pipeline // (parallel.expert * parallel.expert_tensor),
         micro_batch_size=micro_batch_size,
         accumulation_steps=training.global_batch_size // (data * micro_batch_size),
     )

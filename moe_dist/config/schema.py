@@ -196,7 +196,8 @@ class EngineConfig(Section):
     """What runs the model on the ranks."""
 
     name: Literal["native", "deepspeed", "megatron"] = "native"
-    """native: PyTorch alone; deepspeed: DeepSpeed's engine and ZeRO optimisers (docs/deepspeed.md)."""
+    """native: PyTorch alone; deepspeed: DeepSpeed's engine and ZeRO optimisers (docs/deepspeed.md); megatron: Megatron-Core's
+    GPTModel, schedules and optimiser around our MoE layers (docs/megatron.md)."""
     sharding: Literal["full", "replicate"] = "full"
     """Of the native engine. full: parameters, gradients and moments sharded over the data ranks by FSDP2; replicate: whole on
     each rank, like DDP."""
@@ -205,6 +206,10 @@ class EngineConfig(Section):
     too; 3: weights too, experts included, with parallel.expert: 1."""
     deepspeed: dict[str, Any] = Field(default={})
     """Of the deepspeed engine: keys of DeepSpeed's own configuration, merged over the one that this config makes."""
+    distributed_optimizer: Switch = True
+    """Of the megatron engine: moments and main weights spread over the data ranks by Megatron's distributed optimizer."""
+    emulate_cuda: Switch = False
+    """Of the megatron engine: run Megatron-Core on CPUs, which it is not made for: to try a layout, and for tests."""
 
 
 class Config(Section):

@@ -8,11 +8,8 @@ from moe_dist.config.errors import ConfigError
 EngineName = Literal["native", "deepspeed", "megatron"]
 
 ENGINES: tuple[str, ...] = get_args(EngineName)
-IMPLEMENTED = ("native", "deepspeed")
-"""Engines that this version can run. The others are in the table so that a refusal can name them."""
-
-PACKAGES = {"deepspeed": "deepspeed"}
-"""What an engine needs beside PyTorch: the name under which it is imported and installed."""
+PACKAGES = {"deepspeed": ("deepspeed", "deepspeed"), "megatron": ("megatron.core", "megatron-core")}
+"""What an engine needs beside PyTorch: the names under which it is imported and installed."""
 
 SUPPORT: dict[str, dict[str, str]] = {
     # key                         engine -> "" where any value works, else why only 1 does
@@ -41,9 +38,11 @@ def engines_offering(key: str) -> list[str]:
 
 
 def require_package(engine: str) -> None:
-    """Raise ConfigError if what an engine needs is not installed. Imports nothing."""
-    package = PACKAGES.get(engine)
-    if package is not None and find_spec(package) is None:
+    """Raise ConfigError if what an engine needs is not installed. Imports no more than the package's parent."""
+    if engine not in PACKAGES:
+        return
+    module, package = PACKAGES[engine]
+    if find_spec(module.partition(".")[0]) is None or find_spec(module) is None:
         raise ConfigError(
             f"engine.name: {engine} needs the package {package}, which is not installed; "
             f"install it by `pip install {package}`, or use engine.name: native"

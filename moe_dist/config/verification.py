@@ -10,7 +10,7 @@ from moe_dist.config.errors import ConfigError
 from moe_dist.config.layout import layout_dependence, layout_of
 from moe_dist.config.load import load_config
 from moe_dist.config.schema import Config
-from moe_dist.config.support import ENGINES, IMPLEMENTED, SUPPORT
+from moe_dist.config.support import ENGINES, SUPPORT
 
 SIZES = ("expert", "expert_tensor", "tensor", "pipeline")
 """Keys of `parallel` that a layout may name."""
@@ -151,7 +151,7 @@ def parse_layout(layout: str) -> dict[str, int]:
 
 def parse_engines(text: str | None) -> list[str]:
     """`native,deepspeed` -> the names; by default all that this version has. Raises ConfigError."""
-    names = text.replace(",", " ").split() if text else list(IMPLEMENTED)
+    names = text.replace(",", " ").split() if text else list(ENGINES)
     if wrong := [name for name in names if name not in ENGINES]:
         raise ConfigError(f"--engines: there is no {wrong[0]!r}; valid are {', '.join(ENGINES)}")
     return names

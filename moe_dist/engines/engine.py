@@ -10,6 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -56,6 +57,8 @@ class Engine(ABC):
         self.config, self.layout, self.device, self.data_rank = config, layout, device, data_rank
         self.precision = resolve_precision(config.training.precision, device)
         self.all_ranks = dist.group.WORLD if layout.num_ranks > 1 else None
+        self.data_group = self.all_ranks
+        """The ranks that hold different tokens and the same layers; None for one. An engine that splits layers sets it."""
 
     def watch(self, moe_layers: dict[int, MoELayer]) -> None:
         """Take the routers and recorders of this rank's MoE layers, by layer number."""
@@ -72,7 +75,10 @@ class Engine(ABC):
 
     @abstractmethod
     def accumulate(self, batches: list[Batch], num_targets: int, num_tokens: int, step: int = 0) -> torch.Tensor:
-        """Forward and backward of all micro-batches. Returns this rank's summed loss, float64 []."""
+        """Forward and backward of all micro-batches. Returns this rank's summed loss, float64 [].
+
+        Of ranks that hold the same tokens, all but one return 0.
+        """
 
     @abstractmethod
     def loss_and_norm(self, loss_sum: torch.Tensor) -> tuple[float, float]:
@@ -89,6 +95,8 @@ class Engine(ABC):
     @abstractmethod
     def loss(self, batch: Batch, share: float, step: int = 0) -> torch.Tensor:
         """Cross-entropy summed over the targets of a micro-batch.
+
+        Of ranks that hold the same tokens, all but one return 0.
 
         Args:
             share: see moe_dist.routing.Tokens.
@@ -114,13 +122,22 @@ class Engine(ABC):
     def take_state(self, state: dict[str, torch.Tensor]) -> None:
         """Go on from what `state` returned, once a checkpoint has been read into its tensors."""
 
+    # What an engine with pipeline stages or several ranks for the same tokens does otherwise.
+
+    def of_all_layers(self, values: dict[int, Any]) -> dict[int, Any]:
+        """What the ranks of `data_group` agree on, by layer number: of this rank's MoE layers -> of those of all stages."""
+        return values
+
     # What is the same for all.
 
     def sum_over_ranks(self, values: list[int]) -> list[int]:
-        """Add up host numbers over all ranks, without the device."""
+        """Add up host numbers over all ranks that hold different tokens, without the device.
+
+        Ranks that hold the same tokens give the same; should one of them alone give 1, the sum is 1.
+        """
         total = torch.tensor(values)
         dist.all_reduce(total)
-        return total.tolist()
+        return [math.ceil(value / self.layout.copies) for value in total.tolist()]
 
     def train_step(
         self,
@@ -145,7 +162,7 @@ class Engine(ABC):
         for router in self.routers:
             router.observing = observe
         loss_sum = self.accumulate(batches, num_targets, num_tokens, step)
-        totals_N = sum_over_ranks([router.balance for router in self.routers], self.all_ranks)
+        totals_N = sum_over_ranks([router.balance for router in self.routers], self.data_group)
         loss, norm = self.loss_and_norm(loss_sum)  # waits for the device: whether to update is decided here
         loss /= max(1, num_targets)
         skipped = not (math.isfinite(loss) and math.isfinite(norm))
@@ -155,7 +172,8 @@ class Engine(ABC):
             self.update(norm, learning_rate)
             for router, totals_of_layer in zip(self.routers, totals_N, strict=True):
                 router.update(totals_of_layer, bias_rate)
-        return StepResult(loss, norm, skipped, totals_N)
+        totals = self.of_all_layers(dict(zip(self.moe_layers, totals_N, strict=True)))
+        return StepResult(loss, norm, skipped, list(totals.values()))
 
     @torch.no_grad()
     def evaluate(self, batches: list[Batch], as_trained: bool = False) -> tuple[float, int, torch.Tensor]:
@@ -173,10 +191,12 @@ class Engine(ABC):
                 loss_sum += self.loss(batch, share=0.0)
         if self.all_ranks is not None:
             dist.all_reduce(loss_sum)
-            dist.all_reduce(load_NE)
+        if self.data_group is not None and self.routers:
+            dist.all_reduce(load_NE, group=self.data_group)
+        loads = self.of_all_layers(dict(zip(self.moe_layers, load_NE, strict=True)))
         (num_targets,) = self.sum_over_ranks([sum(batch.num_targets() for batch in batches)])
         self.set_training(True)
-        return loss_sum.item(), num_targets, load_NE
+        return loss_sum.item(), num_targets, torch.stack(list(loads.values()))
 
     @torch.no_grad()
     def first_nonfinite(self, batches: list[Batch]) -> str:
@@ -185,8 +205,9 @@ class Engine(ABC):
         first = torch.tensor(len(parts))  # place among them
 
         def check(place: int, part: nn.Module) -> RemovableHandle:
-            def hook(module: nn.Module, args: object, output: torch.Tensor) -> None:
-                if not output.isfinite().all():
+            def hook(module: nn.Module, args: object, output: torch.Tensor | tuple[torch.Tensor, Any]) -> None:
+                tensor = output[0] if isinstance(output, tuple) else output
+                if not tensor.isfinite().all():
                     first.clamp_(max=place)
 
             return part.register_forward_hook(hook)

@@ -115,6 +115,8 @@ def sum_over_ranks(states: Sequence[BalanceState], group: dist.ProcessGroup | No
         states: one for each MoE layer, in the same order on all ranks of `group`.
         group: all ranks that hold different tokens; None for one rank.
     """
+    if not states:
+        return []
     counters = [counter for state in states for counter in state.counters().values()]
     flat = torch.cat([counter.flatten() for counter in counters])
     if group is not None:

@@ -69,7 +69,9 @@ def _check_fits(checkpoint: Path, state: dict[str, torch.Tensor]) -> None:
             raise ConfigError(
                 f"--resume: {name} in {checkpoint} has shape {shape}, this config gives {tuple(tensor.shape)}"
             )
-    known = {_of_any_expert(name) for name in state}
+    names: list[list[str]] = [[] for _ in range(dist.get_world_size())]
+    dist.all_gather_object(names, list(state))  # a rank may have some of the layers only
+    known = {_of_any_expert(name) for of_rank in names for name in of_rank}
     for name in sorted(saved, key=lambda name: not name.startswith("model.")):  # weights first
         if _of_any_expert(name) not in known:
             raise ConfigError(f"--resume: {checkpoint} has {name} as well; it is of another model or optimiser")

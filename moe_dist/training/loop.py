@@ -22,7 +22,7 @@ from moe_dist.training.checkpoint import load_checkpoint, save_checkpoint
 from moe_dist.training.data import Data
 from moe_dist.training.folder import RunFolder, prepare_folder
 from moe_dist.training.hash_tables import set_tables
-from moe_dist.training.records import evaluation_record, load_record, metrics_record, summed_losses
+from moe_dist.training.records import all_biases, evaluation_record, load_record, metrics_record, summed_losses
 from moe_dist.training.schedule import bias_rate, learning_rate
 from moe_dist.training.screen import Screen
 from moe_dist.training.signals import StopRequest
@@ -122,14 +122,14 @@ class Training:
         step, seconds = self.progress.step, self.progress.seconds
         num_steps, duration = step - self._recorded[0], seconds - self._recorded[1]
         self._recorded = (step, seconds)
-        losses = summed_losses(self.engine)
+        losses, biases = summed_losses(self.engine), all_biases(self.engine)
         self.load_records.write(load_record(self.engine, step, num_steps))
         for recorder in self.engine.recorders.values():
             recorder.reset()
         tokens_per_step = self.config.training.global_batch_size * self.config.training.sequence_length
         speed = num_steps * tokens_per_step / duration
         if self.metrics is not None:
-            self._write(metrics_record(self.engine, result, losses, step, step * tokens_per_step, speed, rate))
+            self._write(metrics_record(result, losses, biases, step, step * tokens_per_step, speed, rate))
 
     def _evaluate(self) -> None:
         num_tokens = self.config.training.evaluation.tokens

@@ -25,15 +25,15 @@ from moe_dist.routing.metrics import (
 
 
 def metrics_record(
-    engine: Engine,
     result: StepResult,
     losses: dict[str, float],
+    biases: dict[int, torch.Tensor],
     step: int,
     tokens: int,
     tokens_per_second: float,
     learning_rate: float,
 ) -> dict[str, Any]:
-    """The line of one step. `tokens`: trained so far."""
+    """The line of one step. `biases` are those of `all_biases`; `tokens`: trained so far."""
     return {
         "step": step,
         "loss": result.loss,
@@ -43,14 +43,14 @@ def metrics_record(
         "learning_rate": learning_rate,
         "skipped": result.skipped,
         "losses": losses,
-        "balance": balance_record(engine, result),
+        "balance": balance_record(result, biases),
     }
 
 
-def balance_record(engine: Engine, result: StepResult) -> dict[str, Any]:
+def balance_record(result: StepResult, biases: dict[int, torch.Tensor]) -> dict[str, Any]:
     """Balance of the step over all ranks: of each MoE layer, and the mean of the layers."""
     load_NE, dropped_NE = result.load_NE.cpu(), result.dropped_NE.cpu()
-    bias_NE = torch.stack([router.balance.bias_E for router in engine.routers]).cpu()
+    bias_NE = torch.stack(list(biases.values()))
     columns = {
         "max_vio_batch": max_vio(load_NE),
         "max_vio_over_noise": relative_max_vio(load_NE),
@@ -68,8 +68,7 @@ def balance_record(engine: Engine, result: StepResult) -> dict[str, Any]:
     for name in observed[0]:
         columns[name] = torch.tensor([means[name] for means in observed])
     layers = {
-        str(layer): {name: column[n].item() for name, column in columns.items()}
-        for n, layer in enumerate(engine.recorders)
+        str(layer): {name: column[n].item() for name, column in columns.items()} for n, layer in enumerate(biases)
     }
     return {"mean": {name: column.double().mean().item() for name, column in columns.items()}, "layers": layers}
 
@@ -77,6 +76,11 @@ def balance_record(engine: Engine, result: StepResult) -> dict[str, Any]:
 def _pad_rate(kept_NE: torch.Tensor, slots_N: torch.Tensor) -> torch.Tensor:
     """Share of the slots that hold no pair; 0 where pairs travel without padding."""
     return torch.where(slots_N > 0, 1 - kept_NE.sum(1) / slots_N.clamp(min=1), 0.0)
+
+
+def all_biases(engine: Engine) -> dict[int, torch.Tensor]:
+    """The loss-free bias of every MoE layer, on the CPU. Collective."""
+    return engine.of_all_layers({n: layer.router.balance.bias_E.cpu() for n, layer in engine.moe_layers.items()})
 
 
 def summed_losses(engine: Engine) -> dict[str, float]:
@@ -90,7 +94,7 @@ def summed_losses(engine: Engine) -> dict[str, float]:
         [sum((r.losses.get(name, zero).double() for r in engine.recorders.values()), zero) for name in names]
     )
     dist.all_reduce(totals)
-    return dict(zip(names, totals.tolist(), strict=True))
+    return dict(zip(names, (totals / engine.layout.tensor).tolist(), strict=True))  # tensor ranks hold the same tokens
 
 
 def load_record(engine: Engine, step: int, num_steps: int) -> dict[str, Any]:

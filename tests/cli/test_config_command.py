@@ -32,7 +32,7 @@ WRONG = [
     (["parallel.expert=2", "--ranks", "3"], "--ranks: 3 is not valid; it should be 2 or a multiple of it"),
     (["parallel.expert_map=[0]"], "parallel.expert_map: has 1 entries"),
     (["parallel.tensor=2"], "parallel.tensor: 2 is not offered by engine.name: native"),
-    (["engine.name=megatron"], "engine.name: 'megatron' is not built in this version; use native, deepspeed"),
+    (["engine.name=megatron", "parallel.tensor=3"], "parallel.tensor: 3 does not divide the 4 key-value heads"),
     (["model.num_heads=3"], "model.num_heads: 3 does not divide model.hidden_size = 256"),
     (["data.source=files", "data.paths=[nowhere]"], "data.paths: there is no file or folder 'nowhere'"),
     (["training.optimizer.momentum=0.9"], "training.optimizer.momentum: 0.9 has no effect"),

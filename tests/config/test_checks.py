@@ -16,10 +16,36 @@ MESSAGES = [
     ),
     (["parallel.pipeline=2"], None, r"parallel\.pipeline: 2 .* use 1, or engine.name: megatron"),
     (
-        ["engine.name=megatron", "parallel.tensor=2"],
+        ["engine.name=megatron", "model.qk_norm=width", "training.precision=float32"],
         None,
-        r"engine\.name: 'megatron' is not built in .*; use native, deepspeed",
+        r"model\.qk_norm: width is not offered by engine.name: megatron.*use one, or engine.name: native",
     ),
+    (
+        ["engine.name=megatron", "training.precision=float64"],
+        None,
+        r"training\.precision: float64 is not offered by engine.name: megatron; use float32 or .*",
+    ),
+    (
+        ["engine.name=megatron", "parallel.tensor=3"],
+        None,
+        r"parallel\.tensor: 3 does not divide the 4 key-value heads.*",
+    ),
+    (
+        ["engine.name=megatron", "parallel.pipeline=3"],
+        None,
+        r"parallel\.pipeline: 3 does not divide .* = 4; use a divisor",
+    ),
+    (
+        ["engine.name=megatron", "training.optimizer.name=sgd"],
+        None,
+        r"engine\.distributed_optimizer: true is not offered with .* sgd .*; use false, or adamw",
+    ),
+    (
+        ["engine.name=megatron", "engine.sharding=replicate"],
+        None,
+        r"engine\.sharding: 'replicate' has no effect with .*",
+    ),
+    (["engine.emulate_cuda=true"], None, r"engine\.emulate_cuda: true has no effect with engine.name: native; .*"),
     # Model
     (["model.num_heads=3"], None, r"model\.num_heads: 3 does not divide model.hidden_size = 256; choose a divisor, .*"),
     (["model.num_kv_heads=3"], None, r"model\.num_kv_heads: 3 does not divide model.num_heads = 4"),

@@ -1,0 +1,46 @@
+"""What engine.name: megatron does not do, and why."""
+
+from collections.abc import Iterator
+
+from moe_dist.config.schema import Config
+
+
+def megatron_problems(config: Config) -> Iterator[str]:
+    """Problems of a config on its own, one a line."""
+    model, parallel, precision = config.model, config.parallel, config.training.precision
+    tensor, kv_heads = parallel.tensor, model.num_kv_heads or model.num_heads
+    instead = "or engine.name: native"
+    if precision == "float64":
+        yield f"training.precision: float64 is not offered by engine.name: megatron; use float32 or bfloat16, {instead}"
+    if model.qk_norm == "width":
+        yield f"model.qk_norm: width is not offered by engine.name: megatron, which knows head and none; use one, {instead}"
+    if config.training.optimizer.name == "sgd" and config.engine.distributed_optimizer:
+        yield (
+            "engine.distributed_optimizer: true is not offered with training.optimizer.name: sgd (Megatron-Core's takes Adam "
+            "only); use false, or adamw"
+        )
+    if model.compile:
+        yield f"model.compile: true is not offered by engine.name: megatron; use false, {instead}"
+    if parallel.overlap_chunks == "auto":
+        yield f"parallel.overlap_chunks: auto is not offered by engine.name: megatron; give a number, {instead}"
+    if parallel.dispatch != "flat" and tensor > 1:
+        yield (
+            f"parallel.dispatch: {parallel.dispatch} is not offered with parallel.tensor = {tensor}, whose ranks each send a "
+            "share of the same tokens; use flat, or parallel.tensor: 1"
+        )
+    if kv_heads % tensor:
+        yield f"parallel.tensor: {tensor} does not divide the {kv_heads} key-value heads; use a divisor"
+    if model.num_dense_layers + model.moe_every > 1 and model.ffn_size % tensor:
+        yield f"parallel.tensor: {tensor} does not divide model.ffn_size = {model.ffn_size}; use a divisor"
+    if model.num_layers % parallel.pipeline:
+        yield f"parallel.pipeline: {parallel.pipeline} does not divide model.num_layers = {model.num_layers}; use a divisor"
+
+
+def megatron_batch_problems(config: Config, micro_batch_size: int) -> Iterator[str]:
+    """Problems of the micro-batch."""
+    tokens, tensor = micro_batch_size * config.training.sequence_length, config.parallel.tensor
+    if tokens % tensor:
+        yield (
+            f"parallel.tensor: {tensor} does not divide the {tokens} tokens of a micro-batch (training.micro_batch_size x "
+            "training.sequence_length), of which each tensor-parallel rank sends a share; change one of them"
+        )

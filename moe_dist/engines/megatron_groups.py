@@ -1,0 +1,138 @@
+"""Megatron-Core's process groups: global in its `parallel_state`, so put in place for the time of each call only.
+
+Its rank order is tp-cp-ep-dp-pp. Inside a pipeline stage the experts fold over all ranks, expert tensor parallelism fastest, then
+expert parallelism, then the replicas: the groups of moe_dist.config.Layout.
+"""
+
+import logging
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from functools import lru_cache
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from moe_dist.config import Config, ConfigError
+from moe_dist.engines.cuda_on_cpu import cuda_on_cpu
+
+
+def check_megatron(config: Config, device: torch.device) -> None:
+    """Raise ConfigError if there is no CUDA device and none is to be emulated, or the reverse."""
+    emulate = config.engine.emulate_cuda
+    if emulate and device.type == "cuda":
+        raise ConfigError("engine.emulate_cuda: true is for machines without CUDA, and this one has it; leave it out")
+    if not emulate and device.type != "cuda":
+        raise ConfigError(
+            "engine.name: megatron needs CUDA devices, and there is none for each rank; set engine.emulate_cuda: true to try "
+            "it on CPUs, or use engine.name: native"
+        )
+    if emulate and config.training.precision == "bfloat16":
+        raise ConfigError("training.precision: bfloat16 is not offered with engine.emulate_cuda: true; use float32")
+
+
+def tell_what_is_missing(emulated: bool) -> None:
+    """Once, on standard error: whether CUDA is emulated, and which of the fused parts are not there."""
+    if emulated:
+        print("engine.emulate_cuda: Megatron-Core runs on the CPU, for trying and testing only", file=sys.stderr)
+        return
+    if find_spec("transformer_engine") is None:
+        instead = "Apex's Adam" if has_nvidia_apex() else "PyTorch's Adam"
+        print(f"TransformerEngine is not installed: {instead}, norms and attention of PyTorch", file=sys.stderr)
+    if find_spec("apex") is not None and not has_nvidia_apex():
+        print(
+            "the package apex that is installed is not NVIDIA's Apex, which is built from github.com/NVIDIA/apex: not used",
+            file=sys.stderr,
+        )
+
+
+def has_nvidia_apex() -> bool:
+    """Whether `apex` is NVIDIA's; PyPI has an unrelated package of that name."""
+    return find_spec("apex") is not None and find_spec("apex.optimizers") is not None
+
+
+def megatron_context(config: Config) -> Callable[[], AbstractContextManager[None]]:
+    """Collective. Makes the groups of a config; what is returned puts them in place for a `with` block.
+
+    Groups are made once for each layout: every gloo group costs threads that wake up a hundred times a second.
+    """
+    parallel = config.parallel
+    emulation = cuda_on_cpu if config.engine.emulate_cuda else _nothing
+    with emulation():
+        sizes = (parallel.tensor, parallel.pipeline, parallel.expert, parallel.expert_tensor)
+        inside = _build_groups(dist.group.WORLD, config.engine.emulate_cuda, *sizes)
+
+    @contextmanager
+    def context() -> Iterator[None]:
+        from megatron.core import parallel_state
+
+        with ExitStack() as stack:
+            stack.enter_context(emulation())
+            if config.engine.emulate_cuda:  # of what is slow or missing on CPUs, which nobody runs for its speed
+                stack.enter_context(warnings.catch_warnings())
+                warnings.simplefilter("ignore")
+            outside = _globals()
+            stack.callback(vars(parallel_state).update, outside)
+            vars(parallel_state).update(inside)
+            yield
+            inside.update(_globals())  # what is made at first use
+
+    return context
+
+
+@contextmanager
+def _nothing() -> Iterator[None]:
+    yield
+
+
+@lru_cache
+def _build_groups(
+    world: dist.ProcessGroup | None, emulated: bool, tensor: int, pipeline: int, expert: int, expert_tensor: int
+) -> dict[str, Any]:
+    from megatron.core import parallel_state
+
+    outside, create_group = _globals(), parallel_state.create_group
+    if emulated:
+        parallel_state.create_group = _shared(create_group)
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=tensor,
+        pipeline_model_parallel_size=pipeline,
+        expert_model_parallel_size=expert,
+        expert_tensor_parallel_size=expert_tensor,
+        create_gloo_process_groups=False,
+    )
+    inside = _globals()
+    parallel_state.create_group = create_group
+    vars(parallel_state).update(outside)
+    return inside
+
+
+def _shared(create_group: Callable[..., Any]) -> Callable[..., Any]:
+    """Of gloo groups one is enough for the same ranks: calls come in the same order on all of them."""
+    made: dict[tuple[int, ...], Any] = {}
+
+    def create(ranks: list[int], *args: Any, **kwargs: Any) -> Any:
+        key = tuple(ranks)
+        if key not in made:
+            made[key] = create_group(ranks, *args, **kwargs)
+        return made[key]
+
+    return create
+
+
+def _globals() -> dict[str, Any]:
+    from megatron.core import parallel_state
+
+    return {name: value for name, value in vars(parallel_state).items() if name.startswith("_") and name.isupper()}
+
+
+@contextmanager
+def quiet_import() -> Iterator[None]:
+    """Megatron-Core warns at its import of each fused part that is missing; `tell_what_is_missing` says it in one line."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+    logging.getLogger("megatron.core").setLevel(logging.ERROR)  # "Unknown MLP type" of every layer
