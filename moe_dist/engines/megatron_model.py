@@ -165,7 +165,7 @@ class CheckpointedLayer(TransformerLayer):
         if not (self.training and torch.is_grad_enabled()):
             return super().forward(*args, **kwargs)
         record = self.mlp.options.record if isinstance(self.mlp, MegatronMoELayer) else None
-        tokens = record and record.tokens
+        tokens = None if record is None else record.tokens
 
         def run(*args: Any, **kwargs: Any) -> Any:
             if record is None:
