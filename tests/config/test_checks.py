@@ -25,14 +25,26 @@ MESSAGES = [
         None,
         r"training\.precision: float64 is not offered by engine.name: megatron; use float32 or .*",
     ),
-    (["engine.name=megatron", "parallel.tensor=3"], None, r"parallel\.tensor: 3 does not divide the 4 key-value heads.*"),
-    (["engine.name=megatron", "parallel.pipeline=3"], None, r"parallel\.pipeline: 3 does not divide .* = 4; use a divisor"),
+    (
+        ["engine.name=megatron", "parallel.tensor=3"],
+        None,
+        r"parallel\.tensor: 3 does not divide the 4 key-value heads.*",
+    ),
+    (
+        ["engine.name=megatron", "parallel.pipeline=3"],
+        None,
+        r"parallel\.pipeline: 3 does not divide .* = 4; use a divisor",
+    ),
     (
         ["engine.name=megatron", "training.optimizer.name=sgd"],
         None,
         r"engine\.distributed_optimizer: true is not offered with .* sgd .*; use false, or adamw",
     ),
-    (["engine.name=megatron", "engine.sharding=replicate"], None, r"engine\.sharding: 'replicate' has no effect with .*"),
+    (
+        ["engine.name=megatron", "engine.sharding=replicate"],
+        None,
+        r"engine\.sharding: 'replicate' has no effect with .*",
+    ),
     (["engine.emulate_cuda=true"], None, r"engine\.emulate_cuda: true has no effect with engine.name: native; .*"),
     # Model
     (["model.num_heads=3"], None, r"model\.num_heads: 3 does not divide model.hidden_size = 256; choose a divisor, .*"),
