@@ -60,7 +60,9 @@ class Piece:
     def write(self, tensor: torch.Tensor, value: torch.Tensor) -> None:
         """Set the piece of a tensor to this rank's part `value`."""
         view = self.of(tensor.detach())
-        view.copy_((value.to_local() if isinstance(value, DTensor) else value).reshape(view.shape))
+        local = value.to_local() if isinstance(value, DTensor) else value
+        if local.data_ptr() != view.data_ptr():  # else it is what `read` gave as a view
+            view.copy_(local.reshape(view.shape))
 
     def part_of(self, whole: torch.Tensor) -> torch.Tensor:
         """This rank's part of the whole weight."""

@@ -8,6 +8,7 @@ from functools import cache
 
 import pytest
 
+from moe_dist.config import build_config, layout_dependence, layout_of
 from tests.support.equality import BASE, Trace, Tree, changed, differences, differing_losses, trace
 
 pytest.importorskip("megatron.core")
@@ -19,7 +20,6 @@ FLOAT32 = changed(
 )
 SGD = {
     "training": {"optimizer": {"name": "sgd", "learning_rate": 0.3, "max_grad_norm": None, "momentum": 0.5}},
-    "routing": {"losses": {"load_balance": {"scope": "global_batch"}}},
     "model": {"tie_embeddings": False},
 }
 PADDED = {"routing": {"capacity": {"factor": 0.9, "policy": "weight", "pad": True}}}
@@ -90,6 +90,8 @@ def reference(recipe: str) -> Trace:
 )
 def test_every_layout_trains_as_native_does(recipe: str, name: str, num_steps: int) -> None:
     num_ranks, changes = LAYOUTS[name]
+    config = build_config(changed(RECIPES[recipe], changes, MEGATRON), num_ranks)
+    assert layout_dependence(config, layout_of(config, num_ranks)) == []
     result, expected = trace(changed(RECIPES[recipe], changes, MEGATRON), num_ranks, num_steps, (0,)), reference(recipe)
     assert abs(result.losses[0] - expected.losses[0]) < 1e-6
     if num_steps == 3:
