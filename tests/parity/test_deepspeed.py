@@ -91,8 +91,8 @@ CASES = {
     "top-2, drop": Case({**TOP_2, "capacity_factor": 0.75}, {**OUR_TOP_2, "capacity": CHOICE}),
     "top-2, drop, pad": Case({**TOP_2, "capacity_factor": 0.75}, {**OUR_TOP_2, "capacity": {**CHOICE, "pad": True}}),
     "top-2, least capacity": Case(
-        {**TOP_2, "capacity_factor": 0.1, "min_capacity": 6},
-        {**OUR_TOP_2, "capacity": {**CHOICE, "factor": 0.1, "minimum": 6}},
+        {**TOP_2, "capacity_factor": 0.1, "min_capacity": 9},
+        {**OUR_TOP_2, "capacity": {**CHOICE, "factor": 0.1, "minimum": 9}},
     ),
     "top-2, drop, loss of first choices": Case(
         {**TOP_2, "capacity_factor": 0.75}, {**OUR_TOP_2, **losses("first"), "capacity": CHOICE}, loss=20.0
@@ -148,7 +148,6 @@ def compare(case: Case, dtype: torch.dtype) -> dict[str, float]:
     if case.padding:
         used_T = torch.arange(B * S) % 4 != 3
         tokens = Tokens(num_sequences=B, padding_T=~used_T)
-    their_loss = torch.zeros(1, dtype=dtype)
     with (
         deepspeed_on_gloo(),
         contextlib.redirect_stdout(io.StringIO()),  # it announces its layers

@@ -99,7 +99,9 @@ CASES = {
     ),
     "drop by weight": Case(DROP, capacity("weight")),
     "drop by weight, pad": Case({**DROP, **PAD}, capacity("weight", pad=True)),
-    "drop by weight, sigmoid with bias": Case({**DROP, **BIAS}, {**OUR_BIAS, "capacity": capacity("weight")["capacity"]}),
+    "drop by weight, sigmoid with bias": Case(
+        {**DROP, **BIAS}, {**OUR_BIAS, "capacity": capacity("weight")["capacity"]}
+    ),
     "drop by position": Case(DROP_BY_POSITION, capacity("position"), sequences=1),
     "drop by position, pad": Case({**DROP_BY_POSITION, **PAD}, capacity("position", pad=True), sequences=1),
     "z-loss": Case({"z_loss_coeff": 20.0}, {"score": "softmax_top_k", **losses(z={})}),
@@ -111,7 +113,8 @@ CASES = {
         {**SEQUENCE_AUX, **BIAS}, {**OUR_BIAS, **losses(load_balance={"scope": "sequence"})}
     ),
     "losses of what is wanted, not of what is kept": Case(
-        {**AUX, **DROP, "z_loss_coeff": 20.0}, {**capacity("weight"), **losses(load_balance={"scope": "micro_batch"}, z={})}
+        {**AUX, **DROP, "z_loss_coeff": 20.0},
+        {**capacity("weight"), **losses(load_balance={"scope": "micro_batch"}, z={})},
     ),
     "shared experts": Case(SHARED, {"score": "softmax_top_k"}, {"num_shared_experts": 2}),
     "shared experts with a gate": Case(

@@ -64,7 +64,8 @@ def distances(pairs: Iterable[Pair]) -> dict[str, float]:
     """Largest difference, relative to the largest value of theirs."""
     found = {}
     for name, mine, right in pairs:
-        assert (scale := right.abs().max()) > 0.1, f"{name}: nothing to compare"
+        scale = right.abs().max()
+        assert scale > 0.1, f"{name}: nothing to compare"
         found[name] = ((mine - right).abs().max() / scale).item()
     return found
 
