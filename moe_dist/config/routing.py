@@ -214,8 +214,9 @@ class CapacityConfig(Section):
     """Least capacity of an expert in a routing group, in pairs."""
     evaluation_factor: PositiveFloat | Literal["auto"] | None = None
     """The factor in evaluation. null: no limit there."""
-    policy: Literal["position", "weight", "random", "batch_priority"] = "position"
-    """Which pairs stay when an expert is full: the earliest (causal), those of highest weight, random ones (DeepSpeed), or
+    policy: Literal["position", "choice", "weight", "random", "batch_priority"] = "position"
+    """Which pairs stay when an expert is full: the earliest (causal); first choices of all tokens before second ones, each by
+    position (GShard, arXiv 2006.16668, and DeepSpeed's top-2); those of highest weight; random ones (DeepSpeed's top-1); or
     those of the tokens with the highest score (V-MoE, arXiv 2106.05974). By all but position, a later token may take an
     earlier one's place."""
     overflow: Literal["drop", "reroute"] = "drop"

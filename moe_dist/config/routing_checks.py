@@ -202,6 +202,11 @@ def _capacity(routing: RoutingConfig, capacity: CapacityConfig) -> Iterator[str]
             "routing.capacity.renormalise: true has no effect with routing.top_k = 1, "
             "where a dropped token has no other expert; use false"
         )
+    if capacity.policy == "choice" and routing.top_k == 1 and not METHODS[routing.method].varies:
+        yield (
+            "routing.capacity.policy: choice has no effect with routing.top_k = 1, where a token has no second choice; "
+            "use position"
+        )
     yield from _idle_auto(routing, capacity)
     if capacity.maximum_factor is not None and "auto" not in (capacity.factor, capacity.evaluation_factor):
         yield "routing.capacity.maximum_factor: bounds factor: auto only; leave it out, or use routing.capacity.factor=auto"

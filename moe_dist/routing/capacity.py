@@ -146,6 +146,9 @@ def _priority(
     """[P] by which pairs stay, highest first; None: by position."""
     if capacity.policy == "weight":
         return routing.weight_P.detach()
+    if capacity.policy == "choice":  # pairs of a token stand in the order of its preference
+        first_P = torch.searchsorted(routing.token_P, routing.token_P)
+        return first_P - torch.arange(len(first_P), device=first_P.device)
     token_P = routing.token_P.clamp(max=len(best_score_T) - 1)  # whatever stands for vacant pairs
     if capacity.policy == "batch_priority":
         return best_score_T[token_P]

@@ -12,6 +12,7 @@ L tokens of a routing group, B buckets.
 
 import torch
 import torch.distributed as dist
+from torch.nn import functional
 
 from moe_dist.config.routing import RoutingConfig
 from moe_dist.routing.capacity import experts_per_bucket, place_in_bucket, random_priority, room_of_bucket
@@ -51,7 +52,7 @@ def reroute(
     num_experts, num_choices = selection_TE.shape[1], choice.expert_TK.shape[1]
     slots_T1 = _valid(choice).sum(1, keepdim=True)
     preference_TE = _preferences(choice, selection_TE)
-    priority_TE = _priorities(weight_TE, best_score_T, config, tokens, random_key, group)
+    priority_TE = _priorities(preference_TE, weight_TE, best_score_T, config, tokens, random_key, group)
 
     def solve(values_GLN: torch.Tensor, _: torch.Tensor | None) -> torch.Tensor:
         preference_GLE, priority_GLE, slots_GL1 = values_GLN.split([num_experts, num_experts, 1], dim=2)
@@ -96,6 +97,7 @@ def _preferences(choice: Choice, selection_TE: torch.Tensor) -> torch.Tensor:
 
 
 def _priorities(
+    preference_TE: torch.Tensor,
     weight_TE: torch.Tensor,
     best_score_T: torch.Tensor,
     config: RoutingConfig,
@@ -106,13 +108,16 @@ def _priorities(
     """float64 [T, E] by which a full bucket chooses, highest first; equal ones by position. As where overflow drops."""
     assert config.capacity is not None
     num_tokens, num_experts = weight_TE.shape
+    num_routed = num_experts - (config.zero_experts.count if config.zero_experts else 0)
     if config.capacity.policy == "weight":
         return weight_TE.double()
+    if config.capacity.policy == "choice":  # among the routed experts: no other has a place to give
+        rank_TE = preference_TE[:, :num_routed].argsort(1, descending=True).argsort(1)
+        return -functional.pad(rank_TE, (0, num_experts - num_routed)).double()
     if config.capacity.policy == "batch_priority":
         return best_score_T.double()[:, None].expand_as(weight_TE)
     if config.capacity.policy == "random":
         expert_E = torch.arange(num_experts, device=weight_TE.device)
-        num_routed = num_experts - (config.zero_experts.count if config.zero_experts else 0)
         return random_priority(random_key, tokens, index_of(tokens, weight_TE)[:, None] * num_routed + expert_E)
     first = dist.get_rank(group) * num_tokens if config.group == "global" and group is not None else 0
     position_T = torch.arange(first, first + num_tokens, dtype=torch.float64, device=weight_TE.device)

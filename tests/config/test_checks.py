@@ -74,6 +74,11 @@ MESSAGES = [
         None,
         r"routing\.capacity\.renormalise: true has no effect with routing.top_k = 1, .*; use false",
     ),
+    (
+        ["routing.top_k=1", "routing.capacity={factor: 1.25, policy: choice}"],
+        None,
+        r"routing\.capacity\.policy: choice has no effect with routing.top_k = 1, .*; use position",
+    ),
     # Data
     (["data.source=files"], None, r"data\.paths: is empty; name at least one file or folder for data.source: files"),
     (["data.source=files", "data.paths=[nowhere]"], None, r"data\.paths: there is no file or folder 'nowhere' in '.*'"),

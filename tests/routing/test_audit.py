@@ -276,7 +276,7 @@ def test_causal_combinations(routing):
 
 LOOK_AHEAD = [
     # random: whether later tokens compete for the places decides who is among the winners
-    *({"capacity": {"factor": 1.25, "policy": policy}} for policy in ("weight", "random", "batch_priority")),
+    *({"capacity": {"factor": 1.25, "policy": policy}} for policy in ("choice", "weight", "random", "batch_priority")),
     {"capacity": {"factor": 3.5, "policy": "weight"}},
     {"capacity": {"factor": 1.25, "policy": "weight", "overflow": "reroute"}},
     {"capacity": {"factor": 1.25, "policy": "random", "overflow": "reroute"}},

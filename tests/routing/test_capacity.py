@@ -19,7 +19,7 @@ from moe_dist.routing.random import key_of, uniform
 from tests.support.distributed import run_ranks
 
 Pair = tuple[int, int, float]
-POLICIES = ["position", "weight", "random", "batch_priority"]
+POLICIES = ["position", "choice", "weight", "random", "batch_priority"]
 LEVELS = ["expert", "expert_group"]
 KEY = key_of(0, "capacity")
 
@@ -132,6 +132,8 @@ def loop_kept(case: Case, policy: str = "position", level: str = "expert") -> li
     def priority(pair: Pair) -> float:
         if policy == "weight":
             return pair[2]
+        if policy == "choice":
+            return -[p[1] for p in case.pairs if p[0] == pair[0]].index(pair[1])
         if policy == "batch_priority":
             return case.best[pair[0]]
         if policy == "random":

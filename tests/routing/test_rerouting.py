@@ -18,7 +18,7 @@ from moe_dist.routing.rerouting import lost, reroute
 from moe_dist.routing.types import Choice
 from tests.support.distributed import run_ranks
 
-POLICIES = ["position", "weight", "random", "batch_priority"]
+POLICIES = ["position", "choice", "weight", "random", "batch_priority"]
 LEVELS = ["expert", "expert_group"]
 KEY = key_of(0, "capacity")
 
@@ -170,8 +170,10 @@ def serial(case: Case, level: str) -> list[list[int]]:
 
 def priority(case: Case, policy: str, token: int, expert: int) -> tuple[float, ...]:
     """High for whom a bucket keeps; ties by position, then by what the token prefers."""
+    routed = [e for e in preferences(case, token) if e < case.experts]
     first = {
         "position": 0.0,
+        "choice": -routed.index(expert) if expert < case.experts else 0.0,
         "weight": case.selection[token][expert],
         "batch_priority": max(case.selection[token]),
         "random": uniform(KEY, 0, torch.tensor([token * case.experts + expert])).item(),
@@ -322,7 +324,7 @@ def test_by_position_no_later_token_changes_anything(case: Case, level: str, dat
     assert before[:seen] == after[:seen]
 
 
-@pytest.mark.parametrize("policy", ["weight", "random", "batch_priority"])
+@pytest.mark.parametrize("policy", ["choice", "weight", "random", "batch_priority"])
 def test_other_policies_look_ahead(policy: str) -> None:
     changed = 0
     for seed in range(5):
