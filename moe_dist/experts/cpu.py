@@ -102,7 +102,7 @@ def _arrange(segments: Segments, weights: Weights) -> Layout:
 def _round_up(dtype: torch.dtype, rows: int) -> int:
     # oneDNN builds a kernel for each number of rows it meets, which takes longer than the product. Rounded up, few occur.
     multiple = 1
-    if dtype == torch.bfloat16 or (dtype == torch.float32 and onednn.FASTER):
+    if dtype == torch.bfloat16 or (dtype.itemsize == 4 and onednn.FASTER):
         multiple = 8 if rows < 128 else 16 if rows < 512 else 32
     return -(-rows // multiple) * multiple
 
@@ -133,7 +133,7 @@ def _products(
 ) -> torch.Tensor:
     """[Q, N] each expert's rows times its matrix [K, N]."""
     w_BKN = w_LKN[block.stack]
-    if rows_QK.dtype == torch.float32 and onednn.FASTER:
+    if rows_QK.element_size() == 4 and onednn.FASTER:
         parts = [onednn.linear(x, w) for x, w in zip(rows_QK.split(block.padded), w_BKN.mT.unbind(), strict=True)]
         if out_QN is None:
             return parts[0] if len(parts) == 1 else torch.cat(parts)
@@ -162,7 +162,7 @@ def _transposed_products(x_QK: torch.Tensor, y_QN: torch.Tensor, block: Block, o
         torch.bmm(x_QK.view(count, -1, x_QK.shape[1]).mT, y_QN.view(count, -1, y_QN.shape[1]), out=out_BKN)
         return
     parts = zip(x_QK.mT.split(block.padded, dim=1), y_QN.split(block.padded), out_BKN.unbind(), strict=True)
-    by_onednn = x_QK.dtype == torch.float32 and onednn.FASTER_TRANSPOSED
+    by_onednn = x_QK.element_size() == 4 and onednn.FASTER_TRANSPOSED
     least_rows = _LARGE_PRODUCT / out_BKN[0].numel()
     for x_t, y, out in parts:
         if by_onednn and len(y) >= least_rows:

@@ -38,7 +38,7 @@ def linear(x_MK: torch.Tensor, w_NK: torch.Tensor) -> torch.Tensor:
 def matmul(x_MK: torch.Tensor, y_KN: torch.Tensor) -> torch.Tensor:
     """[M, N] x y: by oneDNN if they are large float32 matrices on a CPU and it is faster there, else by torch."""
     large = x_MK.numel() * y_KN.shape[1] >= _LARGE_PRODUCT
-    suits = large and x_MK.device.type == "cpu" and x_MK.dtype == torch.float32
+    suits = large and x_MK.device.type == "cpu" and x_MK.element_size() == 4
     if suits and (FASTER if x_MK.is_contiguous() else FASTER_TRANSPOSED):
         return linear(x_MK, y_KN.t())
     return x_MK @ y_KN

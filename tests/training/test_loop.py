@@ -250,7 +250,7 @@ def test_summary_follows_from_the_records(runs, tiny: Path) -> None:
     assert summary["parameters"] == vars(size_of(config))
     assert summary["precision"] == "float64"
     assert summary["device"] == "cpu"
-    sizes = {"num_ranks": 4, "data": 4, "expert": 2, "expert_tensor": 1, "expert_data": 2}
+    sizes = {"num_ranks": 4, "data": 4, "tensor": 1, "pipeline": 1, "expert": 2, "expert_tensor": 1, "expert_data": 2}
     assert summary["layout"] == sizes | {"micro_batch_size": 2, "accumulation_steps": 1}
 
 
