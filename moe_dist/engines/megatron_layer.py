@@ -106,7 +106,7 @@ class MegatronMoELayer(MegatronModule):
         super().__init__(config=config)
         _check(config, is_mtp_layer)
         groups = pg_collection or ProcessGroupCollection.use_mpu_process_groups()
-        self.options, self.tensor_group, self.data_group = options, groups.tp, groups.dp
+        self.options, self.data_group = options, groups.dp
         num_slices = groups.expt_tp.size()
         experts_group = groups.tp_ep if groups.tp_ep.size() > 1 else None
         several = experts_group is not None or groups.dp.size() > 1
@@ -153,14 +153,9 @@ class MegatronMoELayer(MegatronModule):
 
         Raises ValueError if auxiliary losses have no share of the step.
         """
-        if self.config.sequence_parallel:
-            hidden = gather_from_sequence_parallel_region(hidden, False, self.tensor_group)
         hidden_BSH = hidden.transpose(0, 1)
         out_BSH = self.moe(hidden_BSH, self._tokens(hidden_BSH, padding_mask))
-        out = out_BSH.transpose(0, 1).contiguous()
-        if self.config.sequence_parallel:
-            out = scatter_to_sequence_parallel_region(out, self.tensor_group)
-        return out, None
+        return out_BSH.transpose(0, 1).contiguous(), None
 
     def _tokens(self, hidden_BSH: torch.Tensor, padding_BS: torch.Tensor | None) -> Tokens:
         tokens = self.options.record.tokens
@@ -188,6 +183,11 @@ def _check(config: Any, is_mtp_layer: bool) -> None:
         raise ValueError(
             f"context_parallel_size: {config.context_parallel_size} would split the sequences over which moe_dist's routers "
             "decide; use 1"
+        )
+    if config.sequence_parallel:
+        raise ValueError(
+            "sequence_parallel: true would give each tensor-parallel rank a part of the tokens that moe_dist's routers decide "
+            "over; use false"
         )
     granularity, modules = config.recompute_granularity, config.recompute_modules or []
     if granularity == "full" or (granularity == "selective" and "mlp" in modules):

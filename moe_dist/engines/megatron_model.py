@@ -119,11 +119,10 @@ def core_attention_of(config: Config) -> type:
 
 
 class Norm(nn.RMSNorm):
-    """PyTorch's RMSNorm as Megatron builds it; unlike Megatron's own wrapper, also for sequence parallelism."""
+    """PyTorch's RMSNorm as Megatron builds it."""
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-6, **ignored: Any) -> None:
         super().__init__(hidden_size, eps=eps)
-        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]  # its gradient is then summed
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """Any shape [..., H]; under autocast, hidden may be bfloat16."""

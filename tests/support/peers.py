@@ -4,13 +4,15 @@ Both hand all settings back: other tests run in the same processes, some with th
 """
 
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from functools import cache
 from typing import Any
 from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
+
+from moe_dist.engines.cuda_on_cpu import cuda_on_cpu
 
 
 def topk_as_on_gpu(
@@ -26,16 +28,12 @@ def topk_as_on_gpu(
 
 @contextmanager
 def megatron_on_cpu() -> Iterator[None]:
-    """What its MoE layer takes for granted of CUDA. On a CPU every operation has finished when it returns."""
+    """What its MoE layer takes for granted of CUDA and TransformerEngine."""
     from megatron.core.transformer.moe import moe_utils, token_dispatcher
 
-    finished = _FinishedWork()
     with ExitStack() as stack:
+        stack.enter_context(cuda_on_cpu())
         for owner, name, value in (
-            (torch.cuda, "current_device", lambda: torch.device("cpu")),
-            (torch.cuda, "Stream", _FinishedWork),
-            (torch.cuda, "current_stream", lambda: finished),
-            (torch.cuda, "stream", lambda stream: nullcontext()),
             (torch, "topk", topk_as_on_gpu),
             # The original leaves CPU tensors as tensors, but all_to_all_single wants the splits as plain numbers.
             (moe_utils, "maybe_move_tensor_to_cpu", _on_host),
@@ -78,19 +76,6 @@ def deepspeed_on_gloo() -> Iterator[None]:
     ):
         deepspeed.init_distributed("gloo", verbose=False)
         yield
-
-
-class _FinishedWork:
-    """Stands for a CUDA stream or event: whatever is waited for has already happened."""
-
-    def record_event(self) -> "_FinishedWork":
-        return self
-
-    def wait_stream(self, other: "_FinishedWork") -> None:
-        pass
-
-    def synchronize(self) -> None:
-        pass
 
 
 def _on_host(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
