@@ -22,7 +22,7 @@ def write_run(
     seed: int = 0,
     finished: bool = True,
 ) -> Path:
-    """Write config.yaml, metrics.jsonl, load/rank_*.jsonl, alarms.jsonl and, if finished, summary.json. MoE layers are 1, 2, ..."""
+    """Write all records, config.yaml and, if finished, summary.json. MoE layers are 1, 2, ..."""
     random = np.random.default_rng(seed)
     (path / "load").mkdir(parents=True)
     num_steps = num_lines * steps_of_line
