@@ -52,11 +52,17 @@ REFERENCE = Row("native", "one rank", "", ("parallel={}", "engine={name: native,
 
 
 def common_overrides(config: Config, num_steps: int) -> list[str]:
-    """A constant learning rate, and a precision in which differences mean something."""
-    precision = config.training.precision
+    """A constant learning rate, and a precision in which differences mean something.
+
+    The rate is the mean of the warm-up over these steps: at the peak a model that is not warmed up may leave attention with
+    gradients that all but cancel, of which float32 itself is off by more than the bound.
+    """
+    precision, warmup_steps = config.training.precision, max(1, config.training.schedule.warmup_steps)
+    part_of_peak = sum(min(1, (step + 1) / warmup_steps) for step in range(num_steps)) / num_steps
     return [
         f"training.steps={num_steps}",
         "training.schedule={name: constant}",
+        f"training.optimizer.learning_rate={config.training.optimizer.learning_rate * part_of_peak:.3g}",
         "training.checkpoint.keep=2",  # the states of the reference
         f"training.precision={precision if precision in ('float32', 'float64') else 'float32'}",
     ]

@@ -118,6 +118,18 @@ def test_all_train_alike_in_a_precision_that_can_be_compared(path: Path) -> None
         assert (training.steps, training.schedule.name, training.schedule.warmup_steps) == (20, "constant", 0)
 
 
+@pytest.mark.parametrize(
+    ("warmup_steps", "num_steps", "rate"),
+    [(0, 20, 1e-3), (4, 2, 3.75e-4), (4, 4, 6.25e-4), (4, 20, 9.25e-4), (100_000, 20, 1.05e-7)],
+)
+def test_the_rate_is_the_mean_of_the_warm_up(path: Path, warmup_steps: int, num_steps: int, rate: float) -> None:
+    overrides = [f"training.schedule={{warmup_steps: {warmup_steps}}}", "training.optimizer.learning_rate=1.0e-3"]
+    (case,) = load_cases(path, overrides, num_steps, 1, default_rows(1, ["native"], ["data"], on_gpu=False))[:1]
+    assert case.config is not None
+    for config in (case.config, load_reference(path, overrides, num_steps)):
+        assert config.training.optimizer.learning_rate == pytest.approx(rate, rel=1e-2)
+
+
 def test_the_reference_is_native_on_one_rank(path: Path) -> None:
     reference = load_reference(path, ["parallel={expert: 2, overlap_chunks: 2}"], 20)
     assert (reference.parallel, reference.engine.sharding) == (type(reference.parallel)(), "replicate")
