@@ -58,6 +58,7 @@ LAYOUTS: dict[str, tuple[int, Tree]] = {
         2,
         changed(parallel(pipeline=2), WHOLE, micro_batches_of(2), RECOMPUTED),
     ),
+    "4 ranks, expert 2, whole": (4, changed(parallel(expert=2), WHOLE)),
     "4 ranks, tensor 2, expert 2": (4, parallel(tensor=2, expert=2)),
     "4 ranks, tensor 2, expert 2, whole": (4, changed(parallel(tensor=2, expert=2), WHOLE)),
     "4 ranks, tensor 2, expert 4": (4, changed(parallel(tensor=2, expert=4), micro_batches_of(1))),
