@@ -1,4 +1,4 @@
-"""Counters of the GPU by NVML (nvidia-ml-py), and of the CPU and its memory by psutil. docs/monitoring.md says what each means."""
+"""Counters of the GPU by NVML (nvidia-ml-py), and of the CPU and its memory by psutil; docs/monitoring.md explains each."""
 
 import importlib
 import time

@@ -137,7 +137,7 @@ def test_a_missing_driver_costs_one_line_of_a_node(nvml: Any, first_of_node: boo
     assert warnings == ["no counters of the GPU from here on: Driver Not Loaded"] * first_of_node
 
 
-def test_a_missing_package(nvml: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_package(monkeypatch: pytest.MonkeyPatch) -> None:
     warnings: list[str] = []
     monkeypatch.setitem(sys.modules, "pynvml", None)
     HardwareSampler("healthy", warnings.append).sample()

@@ -4,7 +4,7 @@ A GPU is a dictionary of what NVML knows of it; a query of what it lacks is not 
 """
 
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 NVML_SUCCESS = 0
 NVML_TEMPERATURE_GPU = 0
@@ -25,7 +25,7 @@ nvmlClocksEventReasonHwPowerBrakeSlowdown = 0x80
 class NVMLError(Exception):
     """The class of an error is found by its number, as in the package."""
 
-    numbers: dict[int, type["NVMLError"]] = {}
+    numbers: ClassVar[dict[int, type["NVMLError"]]] = {}
     text = "Unknown Error"
 
     def __new__(cls, value: int) -> "NVMLError":
