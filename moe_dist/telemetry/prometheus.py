@@ -38,11 +38,15 @@ BALANCE = {
     "gini": Metric("load_gini", ("layer",), "Gini coefficient of the loads in the last step"),
     "effective_experts": Metric("effective_experts", ("layer",), "exp of the entropy of the loads in the last step"),
     "drop_rate": Metric("drop_ratio", ("layer",), "Share of the pairs that capacity removed in the last step"),
-    "pad_rate": Metric("pad_ratio", ("layer",), "Share of the slots of padded capacity that are empty in the last step"),
+    "pad_rate": Metric(
+        "pad_ratio", ("layer",), "Share of the slots of padded capacity that are empty in the last step"
+    ),
     "dead_experts": Metric("dead_experts", ("layer",), "Experts without a token in the last step"),
     "bias_range": Metric("bias_range", ("layer",), "Largest less smallest bias of loss-free balancing"),
     "router_entropy": Metric("router_entropy_nats", ("layer",), "Mean entropy of a token's routing probabilities"),
-    "mutual_information": Metric("mutual_information_nats", ("layer",), "Entropy of the mean probabilities less the above"),
+    "mutual_information": Metric(
+        "mutual_information_nats", ("layer",), "Entropy of the mean probabilities less the above"
+    ),
     "margin": Metric("score_margin", ("layer",), "Mean distance of the last chosen score from the first that is not"),
     "changed_by_bias": Metric("changed_by_bias_ratio", ("layer",), "Share of the choices that the bias has changed"),
 }
@@ -50,15 +54,21 @@ EVALUATION = {
     "val_loss": Metric("validation_loss_nats", (), "Mean cross-entropy of the held-out text"),
     "val_bits_per_byte": Metric("validation_bits_per_byte", (), "The same in bits a byte"),
     "val_loss_as_trained": Metric("validation_loss_as_trained_nats", (), "The same loss, routed as in training"),
-    "train_eval_gap": Metric("validation_loss_gap_nats", (), "validation_loss_nats less validation_loss_as_trained_nats"),
-    "max_vio_global": Metric("validation_max_vio_global", (), "MaxVio of the loads over the held-out text, mean of the layers"),
+    "train_eval_gap": Metric(
+        "validation_loss_gap_nats", (), "validation_loss_nats less validation_loss_as_trained_nats"
+    ),
+    "max_vio_global": Metric(
+        "validation_max_vio_global", (), "MaxVio of the loads over the held-out text, mean of the layers"
+    ),
 }
 TRAINING = {
     "loss": Metric("loss_nats", (), "Mean cross-entropy of the last step's targets"),
     "grad_norm": Metric("gradient_norm", (), "Of the last step, before clipping"),
     "learning_rate": Metric("learning_rate", (), "Of the last step"),
     "tokens_per_second": Metric("tokens_per_second", (), "Over all ranks, in the logging interval"),
-    "model_flops_utilisation": Metric("model_flops_utilisation_ratio", (), "Share of the devices' peak, by active parameters"),
+    "model_flops_utilisation": Metric(
+        "model_flops_utilisation_ratio", (), "Share of the devices' peak, by active parameters"
+    ),
 }
 HARDWARE = {
     # counter -> metric, and the factor to base units
@@ -71,7 +81,10 @@ HARDWARE = {
     "temperature_celsius": (Metric("gpu_temperature_celsius", ("rank",), "Of the die"), 1),
     "sm_clock_mhz": (Metric("gpu_sm_clock_hertz", ("rank",), "Of the multiprocessors"), 1e6),
     "memory_clock_mhz": (Metric("gpu_memory_clock_hertz", ("rank",), "Of the memory"), 1e6),
-    "nvlink_bytes_per_second": (Metric("gpu_nvlink_bytes_per_second", ("rank",), "Both ways, since the last sample"), 1),
+    "nvlink_bytes_per_second": (
+        Metric("gpu_nvlink_bytes_per_second", ("rank",), "Both ways, since the last sample"),
+        1,
+    ),
     "pcie_sent_bytes_per_second": (Metric("gpu_pcie_sent_bytes_per_second", ("rank",), "Over 20 ms"), 1),
     "pcie_received_bytes_per_second": (Metric("gpu_pcie_received_bytes_per_second", ("rank",), "Over 20 ms"), 1),
     "ecc_errors": (Metric("gpu_ecc_errors", ("rank",), "Uncorrected, since the driver was loaded"), 1),
@@ -93,7 +106,9 @@ METRICS = [
     Metric("padded_rows_total", ("rank", "layer", "expert"), "Of these, empty slots of padded capacity"),
     *PEERS.values(),
     Metric("all_to_all_bytes_total", ("rank", "scope"), "Given to all-to-alls in forward; scope: node, between_nodes"),
-    Metric("stage_seconds", ("rank", "layer", "stage"), "Forward time of route, dispatch, experts, combine in one step"),
+    Metric(
+        "stage_seconds", ("rank", "layer", "stage"), "Forward time of route, dispatch, experts, combine in one step"
+    ),
     Metric("device_memory_peak_bytes", ("rank",), "Largest allocation on the device in the logging interval"),
     Metric("host_memory_resident_bytes", ("rank",), "Of the rank's process"),
     *(metric for metric, _ in HARDWARE.values()),
@@ -107,7 +122,9 @@ METRICS = [
     Metric("expert_load_total", ("layer", "expert"), "Pairs that chose the expert, over all ranks, before any drop"),
     Metric("expert_dropped_total", ("layer", "expert"), "Of these, removed by capacity"),
     Metric("expert_bias", ("layer", "expert"), "Bias of loss-free balancing"),
-    Metric("idle_seconds", ("rank",), "How long the rank waited for the slowest experts' stage in one step, all layers"),
+    Metric(
+        "idle_seconds", ("rank",), "How long the rank waited for the slowest experts' stage in one step, all layers"
+    ),
     *EVALUATION.values(),
     Metric("alarm", ("alarm", "layer", "expert", "rank"), "1 while the alarm is raised, 0 after it was cleared"),
 ]

@@ -49,9 +49,12 @@ class WeightsAndBiases:
             ),
         )
         self._run.define_metric("*", step_metric="step")
+        self._file = Path(self._run.settings.sync_file)
 
     def write(self, interval: Interval) -> None:
         """Hand the interval to W&B's own process; returns before anything is sent."""
+        if not self._file.exists():  # W&B would write on to where nobody can read it
+            raise FileNotFoundError(f"{str(self._file)!r} is gone")
         metrics = interval.metrics or {}
         self._run.log({"step": metrics["step"], **curves(interval), **self._pictures(metrics)})
         for alarm in interval.alarms:

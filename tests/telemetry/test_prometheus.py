@@ -6,8 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
-pytest.importorskip("prometheus_client")
 from prometheus_client.parser import text_string_to_metric_families
 
 from moe_dist.config.schema import PrometheusConfig, TelemetryConfig
@@ -30,7 +28,9 @@ def scrape(sink: Prometheus) -> Samples:
         families = list(text_string_to_metric_families(answer.read().decode()))
     assert len({family.name for family in families}) == len(families)
     return {
-        (sample.name, frozenset(sample.labels.items())): sample.value for family in families for sample in family.samples
+        (sample.name, frozenset(sample.labels.items())): sample.value
+        for family in families
+        for sample in family.samples
     }
 
 
