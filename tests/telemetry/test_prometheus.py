@@ -1,5 +1,6 @@
 """The endpoint, read over HTTP by Prometheus' own parser, holds the numbers of the intervals."""
 
+import re
 import socket
 import urllib.request
 from pathlib import Path
@@ -159,3 +160,21 @@ def test_only_this_machine_can_read_it_unless_configured() -> None:
     bound = sink._server.socket.getsockname()
     sink.close()
     assert bound == ("127.0.0.1", sink.port)
+
+
+def test_the_documented_metrics_are_those_of_the_endpoint() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "monitoring.md").read_text()
+    rows = re.findall(rf"^\| `{PREFIX}(\w+)` \| (\w+) \| ([\w, ]*) \| (.*) \|$", page, re.MULTILINE)
+    sink = Prometheus(0, "127.0.0.1", 0)
+    families = list(sink.registry.collect())
+    sink.close()
+    kinds = {family.name.removeprefix(PREFIX): (family.type, family.documentation) for family in families}
+    assert {name.removesuffix(COUNTER): (kind, text) for name, kind, _, text in rows} == kinds
+    assert [(name, labels) for name, _, labels, _ in rows] == [(m.name, ", ".join(m.labels)) for m in METRICS]
+
+
+def test_every_documented_number_of_the_balance_has_a_metric() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "records.md").read_text()
+    rows = page.split("`balance` holds")[1].split("\n\n")[1]
+    documented = set(re.findall(r"`(\w+)`", " ".join(row.split("|")[1] for row in rows.splitlines()[2:])))
+    assert documented - {"load", "dropped", "bias"} <= set(BALANCE)
