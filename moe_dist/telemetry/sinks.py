@@ -83,4 +83,4 @@ def _makers(
 
 
 def _stopped(key: str, error: Exception) -> str:
-    return f"{key} has stopped; training goes on without it: {type(error).__name__}: {error}"
+    return f"{key} has stopped; training goes on without it: {type(error).__name__}: {' '.join(str(error).split())}"

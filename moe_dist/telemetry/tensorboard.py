@@ -1,8 +1,8 @@
 """Event files for TensorBoard: curves, the loads as pictures and histograms, biases as histograms, alarms as text.
 
 torch's SummaryWriter writes on a thread of its own, where a full disk ends in a traceback on the screen; here each interval is
-one append by the caller, who sees what goes wrong. The file is opened anew each time, so that one which is no longer there, or
-no longer writable, is noticed.
+one append by the caller, who sees what goes wrong. The file is opened anew each time, so that a folder which is no longer
+there, or no longer writable, is noticed.
 """
 
 import io
@@ -51,6 +51,8 @@ class TensorBoard:
         from tensorboard.compat.proto.event_pb2 import Event
         from tensorboard.summary.writer.record_writer import RecordWriter
 
+        if not os.access(self._path.parent, os.W_OK):
+            raise PermissionError(f"{str(self._path.parent)!r} is not there or cannot be written")
         record = io.BytesIO()
         RecordWriter(record).write(Event(**fields).SerializeToString())
         with self._path.open("r+b") as file:  # not "a", which would make it anew

@@ -1,6 +1,7 @@
 """TensorBoard's own reader finds the numbers of the intervals in the event files."""
 
 import io
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -99,14 +100,23 @@ def test_loads_are_multiples_of_the_mean_of_their_layer() -> None:
     np.testing.assert_array_equal(loads({"balance": {"layers": layers}}), [[0, 1, 2], [0, 0, 0]])
 
 
-@pytest.mark.parametrize("loss", ["deleted", "replaced by a file"])
-def test_a_folder_that_is_gone_is_noticed_at_once(run: Path, tmp_path: Path, loss: str) -> None:
+@pytest.mark.parametrize("loss", ["deleted", "replaced by a file", "read-only", "file deleted"])
+def test_a_folder_that_is_lost_is_noticed_at_once(
+    run: Path, tmp_path: Path, loss: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder, lines = tmp_path / "board", intervals(run)
     sink = TensorBoard(folder)
     sink.write(lines[0])
-    shutil.rmtree(folder)
+    if loss == "read-only":
+        folder.chmod(0o500)
+        if os.geteuid() == 0:  # whom no mode stops
+            monkeypatch.setattr(os, "access", lambda path, mode: (path, mode) != (folder, os.W_OK))
+    elif loss == "file deleted":
+        next(folder.iterdir()).unlink()
+    else:
+        shutil.rmtree(folder)
     if loss == "replaced by a file":
         folder.touch()
-    with pytest.raises(OSError, match=r"No such file or directory|Not a directory"):
+    with pytest.raises(OSError, match=r"cannot be written|No such file or directory|Not a directory"):
         sink.write(lines[1])
     sink.close()
