@@ -56,16 +56,16 @@ def heat_map(load_NE: npt.NDArray[np.float64]) -> npt.NDArray[np.uint8]:
 
 
 def _of_ranks(interval: Interval) -> dict[str, list[float]]:
-    """Numbers that every rank has: seconds of a step, idle seconds of a step, hardware counters."""
+    """Numbers of the ranks: seconds of a step, idle seconds of a step, and the hardware counters of those that have them."""
     ranks = interval.ranks or []
     if not ranks:
         return {}
-    found = {
+    found: dict[str, list[float]] = {
         "step_seconds": [rank["seconds"] / interval.own["steps"] for rank in ranks],
         "idle_seconds": idle_seconds(ranks),
     }
-    for key in ranks[0]["hardware"] or {}:
-        values = [value for rank in ranks if (value := (rank["hardware"] or {}).get(key)) is not None]
-        if values:
-            found[key] = values
+    for hardware in (rank["hardware"] or {} for rank in ranks):
+        for key, value in hardware.items():
+            if isinstance(value, int | float):  # neither null nor a list of reasons
+                found.setdefault(key, []).append(value)
     return found

@@ -74,6 +74,16 @@ def test_names_and_values_of_curves(run: Path) -> None:
     assert not {"training/step", "training/version", "training/model_flops_utilisation", "load/layer_1"} & set(found)
 
 
+def test_curves_of_ranks_are_of_those_that_have_the_number(run: Path) -> None:
+    interval = intervals(run)[0]
+    interval.ranks[0]["hardware"] = None
+    interval.ranks[1]["hardware"] = {"gpu_percent": 90, "power_watts": None, "throttle_reasons": ["thermal"]}
+    found = {name for name in curves(interval) if name.startswith("ranks/")}
+    assert found == {
+        f"ranks/{name}_{of}" for name in ("step_seconds", "idle_seconds", "gpu_percent") for of in ("mean", "max")
+    }
+
+
 def test_a_resumed_run_replaces_what_was_written_after_its_checkpoint(run: Path, tmp_path: Path) -> None:
     lines = [line for line in intervals(run) if line.own]
     first = TensorBoard(tmp_path / "board")
