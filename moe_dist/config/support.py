@@ -11,12 +11,13 @@ EngineName = Literal["native", "deepspeed", "megatron"]
 ENGINES: tuple[str, ...] = get_args(EngineName)
 PACKAGES = {"deepspeed": ("deepspeed", "deepspeed"), "megatron": ("megatron.core", "megatron-core")}
 """What an engine needs beside PyTorch: the names under which it is imported and installed."""
-SINK_PACKAGES = {
-    "tensorboard": ("tensorboard", "tensorboard"),
-    "prometheus": ("prometheus_client", "prometheus-client"),
-    "wandb": ("wandb", "wandb"),
-}
-"""The same for each sink of `telemetry`."""
+SINK_PACKAGES = [
+    ("tensorboard", "tensorboard", "tensorboard"),
+    ("prometheus", "prometheus_client", "prometheus-client"),
+    ("wandb", "wandb", "wandb"),
+    ("wandb", "PIL", "pillow"),
+]
+"""What the sinks of `telemetry` need: the key, and the names under which a package is imported and installed."""
 
 SUPPORT: dict[str, dict[str, str]] = {
     # key                         engine -> "" where any value works, else why only 1 does
@@ -58,7 +59,7 @@ def require_package(engine: str) -> None:
 
 def require_sinks(telemetry: TelemetryConfig) -> None:
     """Raise ConfigError if what a telemetry sink needs is not installed. Imports none of it."""
-    for name, (module, package) in SINK_PACKAGES.items():
+    for name, module, package in SINK_PACKAGES:
         if not getattr(telemetry, name):
             continue
         spec = find_spec(module)

@@ -132,7 +132,7 @@ def test_a_package_that_is_not_installed(
 def test_a_folder_named_wandb_is_not_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "no_such_package").mkdir()
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setitem(support.SINK_PACKAGES, "wandb", ("no_such_package", "wandb"))
+    monkeypatch.setattr(support, "SINK_PACKAGES", [("wandb", "no_such_package", "wandb")])
     with pytest.raises(ConfigError, match="pip install wandb"):
         support.require_sinks(build_config({"telemetry": {"wandb": {}}}).telemetry)
 
