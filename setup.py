@@ -27,7 +27,7 @@ setup(
         "gpu": ["nvidia-ml-py"],
         "prometheus": ["prometheus-client"],
         "tensorboard": ["tensorboard"],
-        "wandb": ["wandb"],
+        "wandb": ["pillow", "wandb>=0.31"],
         "hf": ["transformers", "safetensors"],
         "dev": [
             "deepspeed",

@@ -14,7 +14,7 @@ from moe_dist.cli import audit as audit_command
 from moe_dist.cli import config as config_command
 from moe_dist.cli.arguments import ConfigFile, Overrides, Ranks, positive
 from moe_dist.config import ConfigError, load_config
-from moe_dist.config.support import require_package
+from moe_dist.config.support import require_package, require_sinks
 from moe_dist.config.verification import load_reference, parse_engines, parse_layout
 from moe_dist.parallel.environment import read_environment
 from moe_dist.training.documents import check_documents
@@ -82,6 +82,7 @@ def train(
     if resume and output is None:
         raise ConfigError("--resume: needs --output DIR, the folder of the run to go on with")
     require_package(checked.engine.name)
+    require_sinks(checked.telemetry)
     if environment.launcher == "single":
         check_documents(checked)
         output = output or default_output(config)

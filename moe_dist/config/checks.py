@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from functools import reduce
+from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ def check(config: Config, num_ranks: int | None = None) -> None:
         *_training(config),
         *_backend(config),
         *_dispatch(config),
+        *_telemetry(config),
         *(megatron_problems(config) if config.engine.name == "megatron" else ()),
         *_without_effect(config),
     ]
@@ -143,6 +145,18 @@ def _dispatch(config: Config) -> Iterator[str]:
         if padded or (METHODS[routing.method].exact and routing.method != "base"):  # base packs over several ranks
             cause = "routing.capacity.pad: true" if padded else f"routing.method: {routing.method}"
             yield f"parallel.dispatch: deepep does not carry the padded slots of {cause}; use flat or hierarchical"
+
+
+def _telemetry(config: Config) -> Iterator[str]:
+    prometheus = config.telemetry.prometheus
+    if prometheus is not None:
+        try:
+            ip_address(prometheus.address)
+        except ValueError:
+            yield (
+                f"telemetry.prometheus.address: {show(prometheus.address)} is not valid; it should be an IP address, such as "
+                "127.0.0.1 (this machine alone) or 0.0.0.0 (any)"
+            )
 
 
 def _without_effect(config: Config) -> Iterator[str]:

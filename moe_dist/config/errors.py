@@ -21,6 +21,7 @@ BOUNDS = {
     "minimum": "of at least",
     "exclusiveMaximum": "less than",
     "maximum": "at most",
+    "minLength": "of length at least",
 }
 
 

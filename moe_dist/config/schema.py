@@ -185,11 +185,37 @@ class TrainingConfig(Section):
     checkpoint: CheckpointConfig = CheckpointConfig()
 
 
+class PrometheusConfig(Section):
+    """An HTTP endpoint of each rank, for Prometheus to read."""
+
+    port: Annotated[int, Field(gt=0, le=65535, strict=True)] = 9450
+    """Of the first rank of each node; the others have the next ones."""
+    address: str = "127.0.0.1"
+    """IP address on which it listens. Default: only this machine can read it; 0.0.0.0: any that reaches the port."""
+
+
+class WandbConfig(Section):
+    """Weights & Biases; written by rank 0."""
+
+    project: Annotated[str, Field(min_length=1)] = "moe_dist"
+    """Project in which the run appears."""
+    name: Annotated[str, Field(min_length=1)] | None = None
+    """Name of the run. Default: that of DIR."""
+    mode: Literal["online", "offline"] = "online"
+    """offline: to DIR/wandb only; `wandb sync` uploads it later."""
+
+
 class TelemetryConfig(Section):
-    """Records in DIR."""
+    """Records in DIR, and who else gets them (docs/monitoring.md)."""
 
     interval: PositiveInt = 10
     """Steps between lines of metrics.jsonl and load/rank_*.jsonl."""
+    tensorboard: Switch = False
+    """Write event files for TensorBoard to DIR/tensorboard."""
+    prometheus: PrometheusConfig | None = None
+    """An endpoint on each rank; null: none. {} takes the defaults."""
+    wandb: WandbConfig | None = None
+    """Report the run to Weights & Biases; null: no. {} takes the defaults."""
 
 
 class EngineConfig(Section):

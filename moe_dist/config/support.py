@@ -4,12 +4,20 @@ from importlib.util import find_spec
 from typing import Literal, get_args
 
 from moe_dist.config.errors import ConfigError
+from moe_dist.config.schema import TelemetryConfig
 
 EngineName = Literal["native", "deepspeed", "megatron"]
 
 ENGINES: tuple[str, ...] = get_args(EngineName)
 PACKAGES = {"deepspeed": ("deepspeed", "deepspeed"), "megatron": ("megatron.core", "megatron-core")}
 """What an engine needs beside PyTorch: the names under which it is imported and installed."""
+SINK_PACKAGES = [
+    ("tensorboard", "tensorboard", "tensorboard"),
+    ("prometheus", "prometheus_client", "prometheus-client"),
+    ("wandb", "wandb", "wandb"),
+    ("wandb", "PIL", "pillow"),
+]
+"""What the sinks of `telemetry` need: the key, and the names under which a package is imported and installed."""
 
 SUPPORT: dict[str, dict[str, str]] = {
     # key                         engine -> "" where any value works, else why only 1 does
@@ -47,3 +55,17 @@ def require_package(engine: str) -> None:
             f"engine.name: {engine} needs the package {package}, which is not installed; "
             f"install it by `pip install {package}`, or use engine.name: native"
         )
+
+
+def require_sinks(telemetry: TelemetryConfig) -> None:
+    """Raise ConfigError if what a telemetry sink needs is not installed. Imports none of it."""
+    for name, module, package in SINK_PACKAGES:
+        if not getattr(telemetry, name):
+            continue
+        spec = find_spec(module)
+        if spec is None or spec.origin is None:  # without an origin: a mere folder of that name, as wandb itself makes
+            off = "false" if name == "tensorboard" else "null"
+            raise ConfigError(
+                f"telemetry.{name}: needs the package {package}, which is not installed; "
+                f"install it by `pip install {package}`, or use telemetry.{name}: {off}"
+            )

@@ -7,6 +7,9 @@ from typing import Any
 import numpy as np
 import yaml
 
+from moe_dist.telemetry.interval import Interval
+from moe_dist.telemetry.records import read_records
+
 STAGES = ("route", "dispatch", "experts", "combine")
 
 
@@ -53,6 +56,38 @@ def write_run(
         summary = {"step": num_steps, "finished": True, "loss": metrics[-2]["loss"], "seconds": float(num_lines)}
         (path / "summary.json").write_text(json.dumps(summary))
     return path
+
+
+def intervals(path: Path, rank: int = 0) -> list[Interval]:
+    """The run of `path` as the sinks of a rank got it; an evaluation has a line of metrics and nothing else."""
+    files = sorted((path / "load").glob("rank_*.jsonl"))
+    lines_of_rank = [{line["step"]: line for line in read_records(file)} for file in files]
+    if rank > 0:
+        return [Interval(own) for own in lines_of_rank[rank].values()]
+    alarms = list(read_records(path / "alarms.jsonl"))
+    found = []
+    for metrics in read_records(path / "metrics.jsonl"):
+        if "val_loss" in metrics:
+            found.append(Interval({}, metrics))
+            continue
+        own, *others = (lines[metrics["step"]] for lines in lines_of_rank)
+        due = [alarm for alarm in alarms if alarm["step"] == metrics["step"]]
+        found.append(Interval(own, metrics, [_of_rank(line) for line in (own, *others)], due))
+    return found
+
+
+def _of_rank(line: dict[str, Any]) -> dict[str, Any]:
+    """What rank 0 gets of a rank."""
+    layers = {
+        number: {
+            "computed": sum(layer["computed"]),
+            "bytes_between_nodes": layer["bytes_between_nodes"],
+            "seconds": {stage: seconds / layer["timed_steps"] for stage, seconds in layer["seconds"].items()},
+        }
+        for number, layer in line["layers"].items()
+    }
+    hardware = {key: value for key, value in line["hardware"].items() if not isinstance(value, list)}
+    return {"rank": line["rank"], "seconds": line["seconds"], "layers": layers, "hardware": hardware}
 
 
 def _rank_line(

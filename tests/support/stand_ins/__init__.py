@@ -64,6 +64,23 @@ RELEASED = {
         "(self, x, handle, topk_weights=None, bias=None, config=None, previous_event=None, async_finish=False, "
         "allocate_on_comm_stream=False)",
     ),
+    **{
+        ("pynvml", name): Released("nvidia-ml-py", "13.615.71", "pynvml.py", signature)
+        for name, signature in {
+            "nvmlInit": "()",
+            "nvmlDeviceGetHandleByUUID": "(uuid)",
+            "nvmlDeviceGetDeviceHandleFromMigDeviceHandle": "(migDevice)",
+            "nvmlDeviceGetUtilizationRates": "(handle)",
+            "nvmlDeviceGetMemoryInfo": "(handle, version=None)",
+            "nvmlDeviceGetPowerUsage": "(handle)",
+            "nvmlDeviceGetTemperature": "(handle, sensor)",
+            "nvmlDeviceGetClockInfo": "(handle, type)",
+            "nvmlDeviceGetFieldValues": "(handle, fieldIds)",
+            "nvmlDeviceGetPcieThroughput": "(device, counter)",
+            "nvmlDeviceGetTotalEccErrors": "(handle, errorType, counterType)",
+            "nvmlDeviceGetCurrentClocksEventReasons": "(handle)",
+        }.items()
+    },
 }
 _PACKAGES = {module.partition(".")[0] for module, _ in RELEASED}
 
