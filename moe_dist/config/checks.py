@@ -153,7 +153,12 @@ def _without_effect(config: Config) -> Iterator[str]:
     """
     optimizer, engine = config.training.optimizer.name, config.engine.name
     idle = [
-        (f"engine.name: {engine}", engine != "megatron", ["engine.distributed_optimizer", "engine.emulate_cuda"]),
+        (
+            f"engine.name: {engine}",
+            engine != "megatron",
+            ["engine.distributed_optimizer", "engine.sequence_parallel", "engine.emulate_cuda"],
+        ),
+        ("parallel.tensor: 1", engine == "megatron" and config.parallel.tensor == 1, ["engine.sequence_parallel"]),
         (
             "parallel.expert: 1",
             config.parallel.expert * config.parallel.expert_tensor == 1,

@@ -23,10 +23,10 @@ def megatron_problems(config: Config) -> Iterator[str]:
         yield f"model.compile: true is not offered by engine.name: megatron; use false, {instead}"
     if parallel.overlap_chunks == "auto":
         yield f"parallel.overlap_chunks: auto is not offered by engine.name: megatron; give a number, {instead}"
-    if parallel.dispatch != "flat" and tensor > 1:
+    if parallel.dispatch != "flat" and tensor > 1 and not config.engine.sequence_parallel:
         yield (
             f"parallel.dispatch: {parallel.dispatch} is not offered with parallel.tensor = {tensor}, whose ranks each send a "
-            "share of the same tokens; use flat, or parallel.tensor: 1"
+            "share of the same tokens; use flat, engine.sequence_parallel: true, or parallel.tensor: 1"
         )
     if kv_heads % tensor:
         yield f"parallel.tensor: {tensor} does not divide the {kv_heads} key-value heads; use a divisor"
@@ -38,8 +38,14 @@ def megatron_problems(config: Config) -> Iterator[str]:
 
 def megatron_batch_problems(config: Config, micro_batch_size: int) -> Iterator[str]:
     """Problems of the micro-batch."""
-    tokens, tensor = micro_batch_size * config.training.sequence_length, config.parallel.tensor
-    if tokens % tensor:
+    length, tensor = config.training.sequence_length, config.parallel.tensor
+    tokens = micro_batch_size * length
+    if config.engine.sequence_parallel and length % tensor:
+        yield (
+            f"engine.sequence_parallel: parallel.tensor = {tensor} does not divide training.sequence_length = {length}, of "
+            "which each tensor-parallel rank holds a part; change one of them, or use false"
+        )
+    elif tokens % tensor:
         yield (
             f"parallel.tensor: {tensor} does not divide the {tokens} tokens of a micro-batch (training.micro_batch_size x "
             "training.sequence_length), of which each tensor-parallel rank sends a share; change one of them"

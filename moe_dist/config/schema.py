@@ -208,6 +208,9 @@ class EngineConfig(Section):
     """Of the deepspeed engine: keys of DeepSpeed's own configuration, merged over the one that this config makes."""
     distributed_optimizer: Switch = True
     """Of the megatron engine: moments and main weights spread over the data ranks by Megatron's distributed optimizer."""
+    sequence_parallel: Switch = False
+    """Of the megatron engine, with parallel.tensor above 1: its ranks hold parts of each sequence between attention and dense
+    layers, for norms and MoE layers."""
     emulate_cuda: Switch = False
     """Of the megatron engine: run Megatron-Core on CPUs, which it is not made for: to try a layout, and for tests."""
 

@@ -60,6 +60,7 @@ def transformer_config(config: Config, autocast: bool) -> TransformerConfig:
         calculate_per_token_loss=True,
         tensor_model_parallel_size=parallel.tensor,
         pipeline_model_parallel_size=parallel.pipeline,
+        sequence_parallel=config.engine.sequence_parallel,
     )
 
 
@@ -123,6 +124,7 @@ class Norm(nn.RMSNorm):
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-6, **ignored: Any) -> None:
         super().__init__(hidden_size, eps=eps)
+        self.weight.sequence_parallel = config.sequence_parallel  # then each tensor-parallel rank has other tokens
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """Any shape [..., H]; under autocast, hidden may be bfloat16."""

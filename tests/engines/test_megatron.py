@@ -39,6 +39,7 @@ def micro_batches_of(sequences: int) -> Tree:
     return {"training": {"micro_batch_size": sequences}}
 
 
+SEQUENCE = {"engine": {"sequence_parallel": True}}
 RECOMPUTED = {"model": {"activation_checkpointing": "all"}}
 
 LAYOUTS: dict[str, tuple[int, Tree]] = {
@@ -53,6 +54,9 @@ LAYOUTS: dict[str, tuple[int, Tree]] = {
     "2 ranks, tensor 2": (2, parallel(tensor=2)),
     "2 ranks, tensor 2, whole": (2, changed(parallel(tensor=2), WHOLE)),
     "2 ranks, tensor 2, expert 2": (2, changed(parallel(tensor=2, expert=2), RECOMPUTED)),
+    "2 ranks, tensor 2, sequence": (2, changed(parallel(tensor=2), SEQUENCE)),
+    "2 ranks, tensor 2, sequence, whole": (2, changed(parallel(tensor=2), SEQUENCE, WHOLE)),
+    "2 ranks, tensor 2, expert 2, sequence": (2, changed(parallel(tensor=2, expert=2), SEQUENCE, RECOMPUTED)),
     "2 ranks, pipeline 2": (2, changed(parallel(pipeline=2), micro_batches_of(2))),
     "2 ranks, pipeline 2, whole, recomputed": (
         2,
@@ -61,20 +65,31 @@ LAYOUTS: dict[str, tuple[int, Tree]] = {
     "4 ranks, tensor 2, expert 2": (4, parallel(tensor=2, expert=2)),
     "4 ranks, tensor 2, expert 2, whole": (4, changed(parallel(tensor=2, expert=2), WHOLE)),
     "4 ranks, tensor 2, expert 4": (4, changed(parallel(tensor=2, expert=4), micro_batches_of(1))),
+    "4 ranks, tensor 2, expert 2, sequence": (
+        4,
+        changed(parallel(tensor=2, expert=2), SEQUENCE, micro_batches_of(2)),
+    ),
+    "4 ranks, tensor 2, slices 2, sequence": (4, changed(parallel(tensor=2, expert_tensor=2), SEQUENCE, WHOLE)),
     "4 ranks, expert 2, slices 2": (4, parallel(expert=2, expert_tensor=2)),
     "4 ranks, pipeline 2, expert 2": (4, changed(parallel(pipeline=2, expert=2), micro_batches_of(1))),
 }
 
 CASES: dict[str, dict[str, int]] = {
-    "adamw": dict.fromkeys(LAYOUTS, 3) | {"2 ranks, expert 2": 20, "4 ranks, tensor 2, expert 2": 20},
+    "adamw": dict.fromkeys(LAYOUTS, 3)
+    | dict.fromkeys(("2 ranks, expert 2", "4 ranks, tensor 2, expert 2", "4 ranks, tensor 2, expert 2, sequence"), 20),
     "sgd": {
         "2 ranks, data, whole": 3,
         "2 ranks, expert 2, whole, accumulated": 20,
         "2 ranks, slices 2, whole": 3,
         "2 ranks, tensor 2, whole": 20,
+        "2 ranks, tensor 2, sequence, whole": 20,
         "2 ranks, pipeline 2, whole, recomputed": 20,
     },
-    "adamw, padded capacity": {"2 ranks, tensor 2, expert 2": 3, "2 ranks, expert 2": 3},
+    "adamw, padded capacity": {
+        "2 ranks, tensor 2, expert 2": 3,
+        "2 ranks, tensor 2, expert 2, sequence": 3,
+        "2 ranks, expert 2": 3,
+    },
 }
 
 

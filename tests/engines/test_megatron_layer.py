@@ -23,7 +23,6 @@ PLAIN = {
     ("changes", "is_mtp_layer", "message"),
     [
         ({"context_parallel_size": 2}, False, "context_parallel_size: 2 .*; use 1"),
-        ({"sequence_parallel": True}, False, "sequence_parallel: true .*; use false"),
         ({"recompute_granularity": "full"}, False, "recompute_granularity: .* use .*CheckpointedLayer"),
         ({"recompute_granularity": "selective", "recompute_modules": ["mlp"]}, False, "recompute_granularity: .*"),
         ({}, True, "multi-token prediction; use another mlp there"),
