@@ -9,7 +9,7 @@ from moe_dist.config.backends import LIMITS, backend_problem
 from moe_dist.config.deepep import deepep_problems, most_choices
 from moe_dist.config.deepspeed import contradictions, deepspeed_problems
 from moe_dist.config.errors import ConfigError, show
-from moe_dist.config.layout import fewest_ranks, layout_of, moe_layers
+from moe_dist.config.layout import fewest_ranks, layout_of, micro_batch_size_of, moe_layers
 from moe_dist.config.megatron import megatron_batch_problems, megatron_problems
 from moe_dist.config.methods import METHODS
 from moe_dist.config.routing import SequenceGroup
@@ -158,6 +158,7 @@ def _without_effect(config: Config) -> Iterator[str]:
             engine != "megatron",
             ["engine.distributed_optimizer", "engine.sequence_parallel", "engine.emulate_cuda"],
         ),
+        ("parallel.pipeline: 1", config.parallel.pipeline == 1, ["parallel.pipeline_interleaving"]),
         ("parallel.tensor: 1", engine == "megatron" and config.parallel.tensor == 1, ["engine.sequence_parallel"]),
         (
             "parallel.expert: 1",
@@ -245,7 +246,7 @@ def _batch(config: Config, num_ranks: int) -> Iterator[str]:
     training, group = config.training, config.routing.group
     data = num_ranks // (config.parallel.tensor * config.parallel.pipeline)
     share, rest = divmod(training.global_batch_size, data)
-    micro_batch_size = training.micro_batch_size or share
+    micro_batch_size = micro_batch_size_of(config, share)
     if rest:
         yield (
             f"training.global_batch_size: {training.global_batch_size} is not a multiple of "
@@ -262,7 +263,7 @@ def _batch(config: Config, num_ranks: int) -> Iterator[str]:
             f"{micro_batch_size} sequences that each rank holds; use a divisor, or rank"
         )
     elif config.engine.name == "megatron":
-        yield from megatron_batch_problems(config, micro_batch_size)
+        yield from megatron_batch_problems(config, micro_batch_size, share // micro_batch_size)
 
 
 def _widths(config: Config, num_ranks: int) -> Iterator[str]:

@@ -73,7 +73,7 @@ def layout_of(config: Config, num_ranks: int | None = None) -> Layout:
     num_ranks = num_ranks or fewest_ranks(config)
     parallel, training = config.parallel, config.training
     data = num_ranks // (parallel.tensor * parallel.pipeline)
-    micro_batch_size = training.micro_batch_size or training.global_batch_size // data
+    micro_batch_size = micro_batch_size_of(config, training.global_batch_size // data)
     return Layout(
         num_ranks=num_ranks,
         tensor=parallel.tensor,
@@ -85,6 +85,20 @@ def layout_of(config: Config, num_ranks: int | None = None) -> Layout:
         micro_batch_size=micro_batch_size,
         accumulation_steps=training.global_batch_size // (data * micro_batch_size),
     )
+
+
+def micro_batch_size_of(config: Config, share: int) -> int:
+    """Sequences of one forward of a rank that has `share` of them in a step."""
+    stages = config.parallel.pipeline if config.parallel.pipeline_interleaving > 1 else 1
+    return config.training.micro_batch_size or share // (1 if share % stages else stages)
+
+
+def layers_of_stage(config: Config, stage: int) -> list[list[int]]:
+    """Numbers of the layers of each chunk of a pipeline stage: chunk 0 of all stages comes first, then chunk 1 of all."""
+    stages, chunks = config.parallel.pipeline, config.parallel.pipeline_interleaving
+    size = config.model.num_layers // (stages * chunks)
+    firsts = [(chunk * stages + stage) * size for chunk in range(chunks)]
+    return [list(range(first, first + size)) for first in firsts]
 
 
 def owner_of_expert(config: Config) -> list[int]:

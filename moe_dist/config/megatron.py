@@ -34,11 +34,23 @@ def megatron_problems(config: Config) -> Iterator[str]:
         yield f"parallel.tensor: {tensor} does not divide model.ffn_size = {model.ffn_size}; use a divisor"
     if model.num_layers % parallel.pipeline:
         yield f"parallel.pipeline: {parallel.pipeline} does not divide model.num_layers = {model.num_layers}; use a divisor"
+    elif (layers := model.num_layers // parallel.pipeline) % parallel.pipeline_interleaving:
+        yield (
+            f"parallel.pipeline_interleaving: {parallel.pipeline_interleaving} does not divide the {layers} layers of each of "
+            f"{parallel.pipeline} pipeline stages; use a divisor"
+        )
 
 
-def megatron_batch_problems(config: Config, micro_batch_size: int) -> Iterator[str]:
+def megatron_batch_problems(config: Config, micro_batch_size: int, accumulation_steps: int) -> Iterator[str]:
     """Problems of the micro-batch."""
     length, tensor = config.training.sequence_length, config.parallel.tensor
+    stages, chunks = config.parallel.pipeline, config.parallel.pipeline_interleaving
+    if chunks > 1 and accumulation_steps % stages:
+        yield (
+            f"parallel.pipeline_interleaving: {chunks} needs as many micro-batches as there are pipeline stages ({stages}), or "
+            f"a multiple, and a rank has {accumulation_steps} in a step; change training.micro_batch_size or "
+            "training.global_batch_size"
+        )
     tokens = micro_batch_size * length
     if config.engine.sequence_parallel and length % tensor:
         yield (

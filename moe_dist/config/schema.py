@@ -85,6 +85,9 @@ class ParallelConfig(Section):
     """Ranks over which attention and dense layers are split."""
     pipeline: PositiveInt = 1
     """Pipeline stages."""
+    pipeline_interleaving: PositiveInt = 1
+    """Chunks of layers of each pipeline stage: with more than 1, stages take turns several times in a forward (interleaved
+    1F1B), so that they idle less at the ends of a step, and send more often."""
     dispatch: Literal["flat", "hierarchical", "deepep"] = "flat"
     """How tokens reach the ranks of their experts. flat: one all-to-all over the expert-parallel group, a row for each expert
     of a token; hierarchical: between nodes first, where a token crosses once for each node that has experts of it, then
@@ -170,7 +173,8 @@ class TrainingConfig(Section):
     global_batch_size: PositiveInt = 16
     """Sequences of an optimiser step, over all ranks: the same for every layout."""
     micro_batch_size: PositiveInt | None = None
-    """Sequences of one forward on one rank. Default: all of the rank's share, without accumulation."""
+    """Sequences of one forward on one rank. Default: all of the rank's share, without accumulation; with interleaved pipeline
+    stages, one part of it for each stage."""
     sequence_length: PositiveInt = 256
     """Tokens of a sequence."""
     optimizer: OptimizerConfig = OptimizerConfig()

@@ -29,6 +29,11 @@ SUPPORT: dict[str, dict[str, str]] = {
         "deepspeed": "DeepSpeed's pipeline does not take MoE layers",
         "megatron": "",
     },
+    "parallel.pipeline_interleaving": {
+        "native": "it has no pipeline stages",
+        "deepspeed": "DeepSpeed's pipeline does not take MoE layers",
+        "megatron": "",
+    },
 }
 
 

@@ -62,7 +62,8 @@ def megatron_context(config: Config) -> Callable[[], AbstractContextManager[None
     parallel = config.parallel
     emulation = cuda_on_cpu if config.engine.emulate_cuda else _nothing
     with emulation():
-        sizes = (parallel.tensor, parallel.pipeline, parallel.expert, parallel.expert_tensor)
+        chunks = parallel.pipeline_interleaving
+        sizes = (parallel.tensor, parallel.pipeline, chunks, parallel.expert, parallel.expert_tensor)
         inside = _build_groups(dist.group.WORLD, config.engine.emulate_cuda, *sizes)
 
     @contextmanager
@@ -90,7 +91,13 @@ def _nothing() -> Iterator[None]:
 
 @lru_cache
 def _build_groups(
-    world: dist.ProcessGroup | None, emulated: bool, tensor: int, pipeline: int, expert: int, expert_tensor: int
+    world: dist.ProcessGroup | None,
+    emulated: bool,
+    tensor: int,
+    pipeline: int,
+    chunks: int,
+    expert: int,
+    expert_tensor: int,
 ) -> dict[str, Any]:
     from megatron.core import parallel_state
 
@@ -100,6 +107,7 @@ def _build_groups(
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=tensor,
         pipeline_model_parallel_size=pipeline,
+        virtual_pipeline_model_parallel_size=chunks if chunks > 1 else None,
         expert_model_parallel_size=expert,
         expert_tensor_parallel_size=expert_tensor,
         create_gloo_process_groups=False,

@@ -42,6 +42,8 @@ def micro_batches_of(sequences: int) -> Tree:
 SEQUENCE = {"engine": {"sequence_parallel": True}}
 RECOMPUTED = {"model": {"activation_checkpointing": "all"}}
 
+INTERLEAVED = parallel(pipeline=2, pipeline_interleaving=2)
+
 LAYOUTS: dict[str, tuple[int, Tree]] = {
     "1 rank, accumulated, recomputed": (1, changed(micro_batches_of(2), RECOMPUTED)),
     "2 ranks, data": (2, {}),
@@ -62,6 +64,10 @@ LAYOUTS: dict[str, tuple[int, Tree]] = {
         2,
         changed(parallel(pipeline=2), WHOLE, micro_batches_of(2), RECOMPUTED),
     ),
+    "2 ranks, interleaved": (2, INTERLEAVED),
+    "2 ranks, interleaved, whole, recomputed": (2, changed(INTERLEAVED, WHOLE, micro_batches_of(2), RECOMPUTED)),
+    "4 ranks, interleaved, expert 2": (4, changed(INTERLEAVED, parallel(expert=2), micro_batches_of(1))),
+    "4 ranks, interleaved, tensor 2, sequence": (4, changed(INTERLEAVED, parallel(tensor=2), SEQUENCE)),
     "4 ranks, tensor 2, expert 2": (4, parallel(tensor=2, expert=2)),
     "4 ranks, tensor 2, expert 2, whole": (4, changed(parallel(tensor=2, expert=2), WHOLE)),
     "4 ranks, tensor 2, expert 4": (4, changed(parallel(tensor=2, expert=4), micro_batches_of(1))),
