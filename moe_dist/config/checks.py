@@ -151,18 +151,22 @@ def _without_effect(config: Config) -> Iterator[str]:
     The settings of a part that is switched off (`routing.bias.rate` with rule: none) are no such request: switching it off
     by one override must not mean clearing them too.
     """
-    optimizer, engine = config.training.optimizer.name, config.engine.name
+    optimizer, engine, parallel = config.training.optimizer.name, config.engine.name, config.parallel
     idle = [
         (
             f"engine.name: {engine}",
             engine != "megatron",
             ["engine.distributed_optimizer", "engine.sequence_parallel", "engine.emulate_cuda"],
         ),
-        ("parallel.pipeline: 1", config.parallel.pipeline == 1, ["parallel.pipeline_interleaving"]),
-        ("parallel.tensor: 1", engine == "megatron" and config.parallel.tensor == 1, ["engine.sequence_parallel"]),
+        ("parallel.tensor: 1", engine == "megatron" and parallel.tensor == 1, ["engine.sequence_parallel"]),
+        (
+            "parallel.pipeline: 1",
+            engine == "megatron" and parallel.pipeline == 1,
+            ["parallel.pipeline_interleaving"],
+        ),
         (
             "parallel.expert: 1",
-            config.parallel.expert * config.parallel.expert_tensor == 1,
+            parallel.expert * parallel.expert_tensor == 1,
             ["parallel.dispatch", "parallel.ranks_per_node", "parallel.overlap_chunks"],
         ),
         (f"engine.name: {engine}", engine != "native", ["engine.sharding"]),

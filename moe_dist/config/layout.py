@@ -41,6 +41,14 @@ class Layout:
             for first in range(start, start + self.tensor)
         ]
 
+    def tensor_groups(self) -> list[list[int]]:
+        """Ranks of each group that splits attention and dense layers."""
+        return self._blocks(self.tensor)
+
+    def stages(self) -> list[list[int]]:
+        """Ranks of each pipeline stage."""
+        return self._blocks(self.num_ranks // self.pipeline)
+
     def expert_groups(self) -> list[list[int]]:
         """Ranks of each expert-parallel group: expert * expert_tensor of them."""
         return self._blocks(self.expert * self.expert_tensor)

@@ -42,7 +42,7 @@ from moe_dist.engines.megatron_layer import (
     update_balance,
 )
 from moe_dist.engines.megatron_model import CheckpointedLayer, build_model, document_mask, transformer_config
-from moe_dist.engines.megatron_names import initialise, named, pieces_of
+from moe_dist.engines.megatron_names import Pieces, initialise, named, pieces_of
 from moe_dist.engines.megatron_pipeline import computing, receive, send
 from moe_dist.placement import ExpertMap
 from moe_dist.routing import Tokens
@@ -107,7 +107,7 @@ class MegatronEngine(Engine):
         self.last = self.models[-1] if self.models[-1].post_process else None
         tensor_mesh = _mesh(parallel_state.get_tensor_model_parallel_group(), device)
         slices_mesh = _mesh(parallel_state.get_expert_tensor_parallel_group(), device)
-        self.pieces = {}
+        self.pieces: Pieces = {}
         for model in self.models:
             self.pieces |= pieces_of(model, config, self.vocab_size, tensor_mesh, slices_mesh)
         for parameter, parts in self.pieces.items():
@@ -171,7 +171,7 @@ class MegatronEngine(Engine):
         with self.inside(), torch.no_grad():
             for model, chunk in zip(self.models, self.chunks, strict=True):
                 if not model.pre_process:
-                    model.set_input_tensor(receive(self.megatron_config, *batch.input_BS.shape, self.device))
+                    model.set_input_tensor(receive(self.megatron_config, batch.input_BS.shape, self.device))
                 with computing(self.megatron_config, self.device):
                     output, loss_of = self._forward(1, iter([steps]), chunk)
                 if model.post_process:

@@ -4,7 +4,8 @@ Megatron passes hidden states only, in [s, b, h]; what routers know of the token
 a tensor-parallel group hold the same tokens: all of them route all tokens, alike, and each moves and computes its share. With
 sequence parallelism each has its share from the start, and only scores are gathered.
 
-Shape letters: S tokens of a sequence, maybe of a part of it, B sequences, H hidden, T = S B tokens, U = T / tensor-parallel ranks, P pairs.
+Shape letters: S tokens of a sequence or of this rank's part of it, B sequences, H hidden, T tokens of the micro-batch,
+U = T / tensor-parallel ranks, P pairs.
 """
 
 import math

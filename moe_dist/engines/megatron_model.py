@@ -133,7 +133,8 @@ class Norm(nn.RMSNorm):
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-6, **ignored: Any) -> None:
         super().__init__(hidden_size, eps=eps)
-        self.weight.sequence_parallel = config.sequence_parallel  # then each tensor-parallel rank has other tokens
+        # Then each tensor-parallel rank has other tokens, and their gradients are summed.
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """Any shape [..., H]; under autocast, hidden may be bfloat16."""

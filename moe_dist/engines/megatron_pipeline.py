@@ -16,10 +16,14 @@ def computing(config: TransformerConfig, device: torch.device) -> AbstractContex
     return torch.autocast(device.type, config.autocast_dtype) if config.enable_autocast else nullcontext()
 
 
-def receive(config: TransformerConfig, num_sequences: int, length: int, device: torch.device) -> torch.Tensor:
-    """Hidden states [S, B, H] from the stage before, from the last one to the first one's next chunk."""
+def receive(config: TransformerConfig, shape_BS: torch.Size, device: torch.device) -> torch.Tensor:
+    """Hidden states [S, B, H] from the stage before, from the last one to the first one's next chunk.
+
+    Args:
+        shape_BS: of the tokens of the micro-batch.
+    """
     parts = config.tensor_model_parallel_size if config.sequence_parallel else 1
-    shape = (length // parts, num_sequences, config.hidden_size)
+    shape = (shape_BS[1] // parts, shape_BS[0], config.hidden_size)
     hidden_SBH = torch.empty(shape, dtype=config.pipeline_dtype, device=device)
     group = parallel_state.get_pipeline_model_parallel_group()
     dist.recv(hidden_SBH, dist.get_global_rank(group, (group.rank() - 1) % group.size()), group)

@@ -156,7 +156,7 @@ class Router(nn.Module):
 
     def losses(self, evidence: Evidence) -> dict[str, Tensor]:
         """Auxiliary losses, coefficients included."""
-        weight = self.weight
+        weight: Tensor | None = self.weight
         if self.split is not None and weight is not None:
             weight = self.split.count_once(weight)
         return auxiliary_losses(evidence, self.routing, self.balance, weight, self.data_parallel_group)

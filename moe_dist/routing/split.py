@@ -3,7 +3,8 @@
 A router then sees its own tokens' hidden states only. The scores of all are gathered, so that every rank decides alike on whole
 sequences, over routing groups, auxiliary losses and loads as if nothing were split, and each goes on with its own tokens' pairs.
 
-Shape letters: T tokens of the ranks together, U tokens of one rank, N values of a token, B sequences, R ranks, C chunks of a rank.
+Shape letters: T tokens of all ranks, U tokens of one rank, N values of a token, P pairs, B sequences, R ranks, C chunks of a
+rank.
 """
 
 from dataclasses import replace
@@ -66,9 +67,7 @@ class TokenSplit:
 
 
 @lru_cache
-def _places_RU(
-    chunks: tuple[tuple[int, ...], ...], num_sequences: int, num_own: int, device: torch.device
-) -> Tensor:
+def _places_RU(chunks: tuple[tuple[int, ...], ...], num_sequences: int, num_own: int, device: torch.device) -> Tensor:
     """int64: for each rank the places of its tokens among all, batch-major."""
     length = num_own // num_sequences
     chunk_RC = torch.tensor(chunks)
