@@ -62,8 +62,7 @@ def megatron_context(config: Config) -> Callable[[], AbstractContextManager[None
     parallel = config.parallel
     emulation = cuda_on_cpu if config.engine.emulate_cuda else _nothing
     with emulation():
-        chunks = parallel.pipeline_interleaving
-        sizes = (parallel.tensor, parallel.pipeline, chunks, parallel.expert, parallel.expert_tensor)
+        sizes = (parallel.tensor, parallel.pipeline, parallel.expert, parallel.expert_tensor)
         inside = _build_groups(dist.group.WORLD, config.engine.emulate_cuda, *sizes)
 
     @contextmanager
@@ -78,6 +77,8 @@ def megatron_context(config: Config) -> Callable[[], AbstractContextManager[None
             outside = _globals()
             stack.callback(vars(parallel_state).update, outside)
             vars(parallel_state).update(inside)
+            chunks = parallel.pipeline_interleaving
+            parallel_state.set_virtual_pipeline_model_parallel_world_size(chunks if chunks > 1 else None)
             yield
             inside.update(_globals())  # what is made at first use
 
@@ -91,13 +92,7 @@ def _nothing() -> Iterator[None]:
 
 @lru_cache
 def _build_groups(
-    world: dist.ProcessGroup | None,
-    emulated: bool,
-    tensor: int,
-    pipeline: int,
-    chunks: int,
-    expert: int,
-    expert_tensor: int,
+    world: dist.ProcessGroup | None, emulated: bool, tensor: int, pipeline: int, expert: int, expert_tensor: int
 ) -> dict[str, Any]:
     from megatron.core import parallel_state
 
@@ -107,7 +102,6 @@ def _build_groups(
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=tensor,
         pipeline_model_parallel_size=pipeline,
-        virtual_pipeline_model_parallel_size=chunks if chunks > 1 else None,
         expert_model_parallel_size=expert,
         expert_tensor_parallel_size=expert_tensor,
         create_gloo_process_groups=False,

@@ -9,7 +9,8 @@ from functools import cache
 import pytest
 
 from moe_dist.config import build_config, layout_dependence, layout_of
-from tests.support.equality import BASE, Trace, Tree, changed, differences, differing_losses, trace
+from tests.support.distributed import run_ranks
+from tests.support.equality import BASE, Trace, Tree, build_engine, changed, differences, differing_losses, trace
 
 pytest.importorskip("megatron.core")
 
@@ -76,6 +77,10 @@ LAYOUTS: dict[str, tuple[int, Tree]] = {
         changed(parallel(tensor=2, expert=2), SEQUENCE, micro_batches_of(2)),
     ),
     "4 ranks, tensor 2, slices 2, sequence": (4, changed(parallel(tensor=2, expert_tensor=2), SEQUENCE, WHOLE)),
+    "4 ranks, tensor 2, expert 4, sequence, hierarchical": (
+        4,
+        changed(parallel(tensor=2, expert=4, dispatch="hierarchical", ranks_per_node=2), SEQUENCE),
+    ),
     "4 ranks, expert 2, slices 2": (4, parallel(expert=2, expert_tensor=2)),
     "4 ranks, pipeline 2, expert 2": (4, changed(parallel(pipeline=2, expert=2), micro_batches_of(1))),
 }
@@ -97,6 +102,31 @@ CASES: dict[str, dict[str, int]] = {
         "2 ranks, expert 2": 3,
     },
 }
+
+
+EVALUATED = ("2 ranks, tensor 2, expert 2, sequence", "2 ranks, pipeline 2", "4 ranks, interleaved, tensor 2, sequence")
+
+
+def evaluate(tree: Tree) -> tuple[float, int, list[list[int]], str, str]:
+    """Loss, targets and loads of a batch, and what is found where nothing, and where a weight of layer 2, is not finite."""
+    engine, data = build_engine(tree)
+    batches = data.micro_batches(0, engine.data_rank, engine.layout)
+    loss, num_targets, load_NE = engine.evaluate(batches)
+    nothing = engine.first_nonfinite(batches)
+    for name, weight in engine.state().items():
+        if name == "model.layers.2.moe.router.weight":
+            weight[0] = float("nan")  # a view
+    return loss, num_targets, load_NE.tolist(), nothing, engine.first_nonfinite(batches)
+
+
+@pytest.mark.parametrize("name", EVALUATED)
+def test_evaluation_gives_what_native_gives(name: str) -> None:
+    num_ranks, changes = LAYOUTS[name]
+    ((loss, *expected),) = run_ranks(1, evaluate, FLOAT32)
+    for of_rank, *found in run_ranks(num_ranks, evaluate, changed(FLOAT32, changes, MEGATRON)):
+        assert abs(of_rank - loss) < 1e-4
+        assert found == expected
+    assert expected[-1] == "the output of layers.2.moe"
 
 
 @cache
