@@ -32,7 +32,8 @@ from moe_dist.dispatch.exchange import build_exchange
 from moe_dist.engines import megatron_optimizer as optimizers
 from moe_dist.engines.batch import IGNORED, Batch
 from moe_dist.engines.engine import Engine
-from moe_dist.engines.megatron_groups import megatron_context, tell_what_is_missing
+from moe_dist.engines.megatron_fused import tell_what_is_missing
+from moe_dist.engines.megatron_groups import megatron_context
 from moe_dist.engines.megatron_layer import (
     LayerOptions,
     MegatronMoELayer,

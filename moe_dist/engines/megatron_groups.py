@@ -5,12 +5,10 @@ expert parallelism, then the replicas: the groups of moe_dist.config.Layout.
 """
 
 import logging
-import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import lru_cache
-from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -32,26 +30,6 @@ def check_megatron(config: Config, device: torch.device) -> None:
         )
     if emulate and config.training.precision == "bfloat16":
         raise ConfigError("training.precision: bfloat16 is not offered with engine.emulate_cuda: true; use float32")
-
-
-def tell_what_is_missing(emulated: bool) -> None:
-    """Once, on standard error: whether CUDA is emulated, and which of the fused parts are not there."""
-    if emulated:
-        print("engine.emulate_cuda: Megatron-Core runs on the CPU, for trying and testing only", file=sys.stderr)
-        return
-    if find_spec("transformer_engine") is None:
-        instead = "Apex's Adam" if has_nvidia_apex() else "PyTorch's Adam"
-        print(f"TransformerEngine is not installed: {instead}, norms and attention of PyTorch", file=sys.stderr)
-    if find_spec("apex") is not None and not has_nvidia_apex():
-        print(
-            "the package apex that is installed is not NVIDIA's Apex, which is built from github.com/NVIDIA/apex: not used",
-            file=sys.stderr,
-        )
-
-
-def has_nvidia_apex() -> bool:
-    """Whether `apex` is NVIDIA's; PyPI has an unrelated package of that name."""
-    return find_spec("apex") is not None and find_spec("apex.optimizers") is not None
 
 
 def megatron_context(config: Config) -> Callable[[], AbstractContextManager[None]]:
@@ -133,7 +111,7 @@ def _globals() -> dict[str, Any]:
 
 @contextmanager
 def quiet_import() -> Iterator[None]:
-    """Megatron-Core warns at its import of each fused part that is missing; `tell_what_is_missing` says it in one line."""
+    """Megatron-Core warns at its import of each fused part that is missing; megatron_fused says it in one line."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield

@@ -1,12 +1,11 @@
 """moe_dist's transformer as a GPTModel of Megatron-Core, with parts of ours where Megatron's own do something else.
 
-Ours are the MoE layer; the norm, where TransformerEngine is not installed; attention over heads by PyTorch, which also keeps
-documents apart; and recomputation, which must not count loads twice.
+Ours are the MoE layer; the norm, where no fused one is installed; attention over heads by PyTorch, where TransformerEngine is not
+installed or documents are kept apart; and recomputation, which must not count loads twice.
 
 Shape letters: S tokens of a sequence, B sequences, N query heads, M key-value heads, D head size, H hidden.
 """
 
-from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -23,6 +22,7 @@ from torch.utils.checkpoint import checkpoint
 
 from moe_dist.config import Config
 from moe_dist.config.layout import layers_of_stage, moe_layers
+from moe_dist.engines.megatron_fused import has_transformer_engine, norm_of
 from moe_dist.engines.megatron_layer import LayerOptions, MegatronMoELayer, layer_spec
 
 
@@ -110,35 +110,13 @@ def build_model(
     )
 
 
-def norm_of(config: Config) -> type:
-    """TransformerEngine's norm where it is installed."""
-    if find_spec("transformer_engine") is None or config.engine.emulate_cuda:
-        return Norm
-    from megatron.core.extensions.transformer_engine import TENorm
-
-    return TENorm
-
-
 def core_attention_of(config: Config) -> type:
     """TransformerEngine's attention where it is installed; it does not take the mask of documents."""
-    if find_spec("transformer_engine") is None or config.engine.emulate_cuda or config.data.separate_documents:
+    if not has_transformer_engine() or config.engine.emulate_cuda or config.data.separate_documents:
         return CoreAttention
     from megatron.core.extensions.transformer_engine import TEDotProductAttention
 
     return TEDotProductAttention
-
-
-class Norm(nn.RMSNorm):
-    """PyTorch's RMSNorm as Megatron builds it."""
-
-    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-6, **ignored: Any) -> None:
-        super().__init__(hidden_size, eps=eps)
-        # Then each tensor-parallel rank has other tokens, and their gradients are summed.
-        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
-
-    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Any shape [..., H]; under autocast, hidden may be bfloat16."""
-        return super().forward(hidden.to(torch.promote_types(hidden.dtype, self.weight.dtype)))
 
 
 class CoreAttention(nn.Module):
