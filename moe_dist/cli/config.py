@@ -66,6 +66,8 @@ def _layout(config: Config, layout: Layout) -> Table:
     if layout.tensor > 1:
         name = "tensor and sequence parallel" if config.engine.sequence_parallel else "tensor parallel"
         table.add_row(name, str(layout.tensor), _groups(layout.tensor_groups()))
+    if layout.context > 1:
+        table.add_row("context parallel", str(layout.context), _groups(layout.context_groups()))
     if layout.pipeline > 1:
         table.add_row("pipeline stages", str(layout.pipeline), _groups(layout.stages()))
     return table

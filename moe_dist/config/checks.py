@@ -205,7 +205,7 @@ def _ranks(config: Config, num_ranks: int | None) -> Iterator[str]:
     fewest = fewest_ranks(config)
     num_ranks = fewest if num_ranks is None else num_ranks
     if num_ranks < 1 or num_ranks % fewest:
-        names = ("expert", "expert_tensor", "tensor", "pipeline")
+        names = ("expert", "expert_tensor", "tensor", "context", "pipeline")
         sizes = [f"parallel.{name} = {size}" for name in names if (size := getattr(config.parallel, name)) > 1]
         reason = f", because of {' and '.join(sizes)}" if sizes else ""
         yield f"--ranks: {num_ranks} is not valid; it should be {fewest} or a multiple of it{reason}"
@@ -247,8 +247,8 @@ def _slices(config: Config) -> Iterator[str]:
 
 
 def _batch(config: Config, num_ranks: int) -> Iterator[str]:
-    training, group = config.training, config.routing.group
-    data = num_ranks // (config.parallel.tensor * config.parallel.pipeline)
+    training, parallel, group = config.training, config.parallel, config.routing.group
+    data = num_ranks // (parallel.tensor * parallel.context * parallel.pipeline)
     share, rest = divmod(training.global_batch_size, data)
     micro_batch_size = micro_batch_size_of(config, share)
     if rest:

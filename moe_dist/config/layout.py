@@ -12,13 +12,15 @@ class Layout:
     """Sizes of the parallel dimensions of a run.
 
     Pipeline stages are blocks of consecutive ranks; inside a stage, consecutive ranks are tensor-parallel and hold the same
-    tokens. Expert parallelism folds over the ranks of a stage: consecutive ranks form an expert-parallel group (each holds
-    other experts), and the ranks of equal place in these groups form an expert-data group (the same experts). With expert
-    tensor parallelism, consecutive ranks of an expert-parallel group hold slices of the same experts.
+    tokens, and consecutive groups of these are context-parallel and hold parts of the same sequences. Expert parallelism folds
+    over the ranks of a stage: consecutive ranks form an expert-parallel group (each holds other experts), and the ranks of equal
+    place in these groups form an expert-data group (the same experts). With expert tensor parallelism, consecutive ranks of an
+    expert-parallel group hold slices of the same experts.
     """
 
     num_ranks: int
     tensor: int
+    context: int
     pipeline: int
     data: int
     expert: int
@@ -29,15 +31,24 @@ class Layout:
 
     @property
     def copies(self) -> int:
-        """Ranks that hold the same tokens."""
-        return self.tensor * self.pipeline
+        """Ranks that read the same sequences."""
+        return self.tensor * self.context * self.pipeline
 
     def data_groups(self) -> list[list[int]]:
-        """Ranks of each group that holds different tokens, and the same dense weights."""
-        stage = self.num_ranks // self.pipeline
+        """Ranks of each group that reads different sequences, and holds the same dense weights."""
+        stage, step = self.num_ranks // self.pipeline, self.tensor * self.context
         return [
-            list(range(first, start + stage, self.tensor))
+            list(range(first, start + stage, step))
             for start in range(0, self.num_ranks, stage)
+            for first in range(start, start + step)
+        ]
+
+    def context_groups(self) -> list[list[int]]:
+        """Ranks of each group that holds parts of the same sequences."""
+        size = self.tensor * self.context
+        return [
+            list(range(first, start + size, self.tensor))
+            for start in range(0, self.num_ranks, size)
             for first in range(start, start + self.tensor)
         ]
 
@@ -73,18 +84,19 @@ class Layout:
 def fewest_ranks(config: Config) -> int:
     """The smallest number of ranks that the `parallel` section allows."""
     parallel = config.parallel
-    return math.lcm(parallel.expert * parallel.expert_tensor, parallel.tensor) * parallel.pipeline
+    return math.lcm(parallel.expert * parallel.expert_tensor, parallel.tensor * parallel.context) * parallel.pipeline
 
 
 def layout_of(config: Config, num_ranks: int | None = None) -> Layout:
     """The layout of a config that has passed the checks."""
     num_ranks = num_ranks or fewest_ranks(config)
     parallel, training = config.parallel, config.training
-    data = num_ranks // (parallel.tensor * parallel.pipeline)
+    data = num_ranks // (parallel.tensor * parallel.context * parallel.pipeline)
     micro_batch_size = micro_batch_size_of(config, training.global_batch_size // data)
     return Layout(
         num_ranks=num_ranks,
         tensor=parallel.tensor,
+        context=parallel.context,
         pipeline=parallel.pipeline,
         data=data,
         expert=parallel.expert,

@@ -28,6 +28,11 @@ def megatron_problems(config: Config) -> Iterator[str]:
             f"parallel.dispatch: {parallel.dispatch} is not offered with parallel.tensor = {tensor}, whose ranks each send a "
             "share of the same tokens; use flat, engine.sequence_parallel: true, or parallel.tensor: 1"
         )
+    if parallel.context > 1 and config.data.separate_documents:
+        yield (
+            f"data.separate_documents: true is not offered with parallel.context = {parallel.context}, for which "
+            "TransformerEngine's attention takes no mask; use false, or parallel.context: 1"
+        )
     if kv_heads % tensor:
         yield f"parallel.tensor: {tensor} does not divide the {kv_heads} key-value heads; use a divisor"
     if model.num_dense_layers + model.moe_every > 1 and model.ffn_size % tensor:
@@ -43,16 +48,23 @@ def megatron_problems(config: Config) -> Iterator[str]:
 
 def megatron_batch_problems(config: Config, micro_batch_size: int, accumulation_steps: int) -> Iterator[str]:
     """Problems of the micro-batch."""
-    length, tensor = config.training.sequence_length, config.parallel.tensor
-    stages, chunks = config.parallel.pipeline, config.parallel.pipeline_interleaving
+    length, parallel = config.training.sequence_length, config.parallel
+    stages, chunks = parallel.pipeline, parallel.pipeline_interleaving
     if chunks > 1 and accumulation_steps % stages:
         yield (
             f"parallel.pipeline_interleaving: {chunks} needs as many micro-batches as there are pipeline stages ({stages}), or "
             f"a multiple, and a rank has {accumulation_steps} in a step; change training.micro_batch_size or "
             "training.global_batch_size"
         )
-    tokens = micro_batch_size * length
-    if config.engine.sequence_parallel and length % tensor:
+    tensor, context = parallel.tensor, parallel.context
+    parts = 2 * context * (tensor if config.engine.sequence_parallel else 1)
+    tokens = micro_batch_size * length // context
+    if context > 1 and length % parts:
+        yield (
+            f"parallel.context: {context} cuts sequences into {parts} parts, which do not divide training.sequence_length = "
+            f"{length}; use a multiple of {parts}"
+        )
+    elif config.engine.sequence_parallel and length % tensor:
         yield (
             f"engine.sequence_parallel: parallel.tensor = {tensor} does not divide training.sequence_length = {length}, of "
             "which each tensor-parallel rank holds a part; change one of them, or use false"

@@ -83,6 +83,8 @@ class ParallelConfig(Section):
     """Ranks over which the FFN width of one expert is split: expert x expert_tensor ranks then share the experts of a layer."""
     tensor: PositiveInt = 1
     """Ranks over which attention and dense layers are split."""
+    context: PositiveInt = 1
+    """Ranks over which each sequence is split in attention too; by TransformerEngine's attention (not run on hardware)."""
     pipeline: PositiveInt = 1
     """Pipeline stages."""
     pipeline_interleaving: PositiveInt = 1

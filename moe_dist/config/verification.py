@@ -12,7 +12,7 @@ from moe_dist.config.load import load_config
 from moe_dist.config.schema import Config
 from moe_dist.config.support import ENGINES, SUPPORT
 
-SIZES = ("expert", "expert_tensor", "tensor", "pipeline", "pipeline_interleaving")
+SIZES = ("expert", "expert_tensor", "tensor", "context", "pipeline", "pipeline_interleaving")
 """Keys of `parallel` that a layout may name."""
 
 TRIED = (2, 4)

@@ -2,7 +2,7 @@
 
 The module is imported by the registry when a config asks for it: nothing else of moe_dist needs megatron-core.
 
-For a user's script: `moe_layer_spec`, `TokenRecord`, `CheckpointedLayer`, `finalize_with_balance` (docs/megatron.md).
+For a user's script: `moe_layer_spec`, `TokenRecord`, `CheckpointedLayer`, `finalize_with_balance`, `rms_norm` (docs/megatron.md).
 
 Shape letters: B sequences, S sequence length, V vocabulary on this rank.
 """
@@ -32,7 +32,7 @@ from moe_dist.dispatch.exchange import build_exchange
 from moe_dist.engines import megatron_optimizer as optimizers
 from moe_dist.engines.batch import IGNORED, Batch
 from moe_dist.engines.engine import Engine
-from moe_dist.engines.megatron_fused import tell_what_is_missing
+from moe_dist.engines.megatron_fused import rms_norm, tell_what_is_missing
 from moe_dist.engines.megatron_groups import megatron_context
 from moe_dist.engines.megatron_layer import (
     LayerOptions,
@@ -54,6 +54,7 @@ __all__ = [
     "TokenRecord",
     "finalize_with_balance",
     "moe_layer_spec",
+    "rms_norm",
     "update_balance",
 ]
 
@@ -249,7 +250,12 @@ class MegatronEngine(Engine):
 
     def _forward(self, divisor: int, steps: Iterator[Step], chunk: nn.Module) -> tuple[torch.Tensor, Any]:
         batch, self.record.tokens = next(steps)
-        position_BS = torch.arange(batch.input_BS.shape[1], device=self.device).expand_as(batch.input_BS)
+        position_S = torch.arange(batch.input_BS.shape[1], device=self.device)
+        if (ranks := self.layout.context) > 1:
+            rank, chunks = parallel_state.get_context_parallel_rank(), position_S.chunk(2 * ranks)
+            position_S = torch.cat([chunks[rank], chunks[2 * ranks - 1 - rank]])
+            batch = batch.at(position_S)
+        position_BS = position_S.expand_as(batch.input_BS)
         output = chunk(batch.input_BS, position_BS, document_mask(batch.document_BS))
         return output, partial(self._loss, batch, divisor)
 

@@ -12,8 +12,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from moe_dist.config import Config
-
 
 def has_transformer_engine() -> bool:
     """Whether TransformerEngine is installed."""
@@ -47,16 +45,19 @@ def tell_what_is_missing(emulated: bool) -> None:
         print(line, file=sys.stderr)
 
 
-def norm_of(config: Config) -> type:
-    """The RMSNorm of TransformerEngine or Apex where it is installed, else PyTorch's: as Megatron builds it.
+def rms_norm(emulated: bool = False) -> type:
+    """What to put into the norms of a layer spec: TransformerEngine's or Apex's where installed, else PyTorch's.
 
-    CPUs, that is `engine.emulate_cuda`, have PyTorch's only.
+    All of them take part in sequence parallelism, of which Megatron-Core's own use of PyTorch's knows nothing.
+
+    Args:
+        emulated: with CUDA emulated on a CPU there is PyTorch's only.
     """
-    if not config.engine.emulate_cuda and has_transformer_engine():
+    if not emulated and has_transformer_engine():
         from megatron.core.extensions.transformer_engine import TENorm
 
         return TENorm
-    if not config.engine.emulate_cuda and has_nvidia_apex():
+    if not emulated and has_nvidia_apex():
         from apex.normalization import FusedRMSNorm
 
         return _as_megatron_builds(FusedRMSNorm)

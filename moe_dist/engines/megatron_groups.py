@@ -16,17 +16,28 @@ import torch.distributed as dist
 
 from moe_dist.config import Config, ConfigError
 from moe_dist.engines.cuda_on_cpu import cuda_on_cpu
+from moe_dist.engines.megatron_fused import has_transformer_engine
 
 
 def check_megatron(config: Config, device: torch.device) -> None:
-    """Raise ConfigError if there is no CUDA device and none is to be emulated, or the reverse."""
-    emulate = config.engine.emulate_cuda
+    """Raise ConfigError if there is no CUDA device and none is to be emulated, or the reverse, or TransformerEngine is needed."""
+    emulate, context = config.engine.emulate_cuda, config.parallel.context
     if emulate and device.type == "cuda":
         raise ConfigError("engine.emulate_cuda: true is for machines without CUDA, and this one has it; leave it out")
     if not emulate and device.type != "cuda":
         raise ConfigError(
             "engine.name: megatron needs CUDA devices, and there is none for each rank; set engine.emulate_cuda: true to try "
             "it on CPUs, or use engine.name: native"
+        )
+    if context > 1 and emulate:
+        raise ConfigError(
+            f"parallel.context: {context} is not offered with engine.emulate_cuda: true, because attention over split sequences "
+            "is TransformerEngine's, which needs CUDA; use 1"
+        )
+    if context > 1 and not has_transformer_engine():
+        raise ConfigError(
+            f"parallel.context: {context} needs TransformerEngine, which is not installed: Megatron-Core has no other attention "
+            "over split sequences; install it by `pip install --no-build-isolation transformer-engine[pytorch]`, or use 1"
         )
     if emulate and config.training.precision == "bfloat16":
         raise ConfigError("training.precision: bfloat16 is not offered with engine.emulate_cuda: true; use float32")
@@ -40,7 +51,7 @@ def megatron_context(config: Config) -> Callable[[], AbstractContextManager[None
     parallel = config.parallel
     emulation = cuda_on_cpu if config.engine.emulate_cuda else _nothing
     with emulation():
-        sizes = (parallel.tensor, parallel.pipeline, parallel.expert, parallel.expert_tensor)
+        sizes = (parallel.tensor, parallel.context, parallel.pipeline, parallel.expert, parallel.expert_tensor)
         inside = _build_groups(dist.group.WORLD, config.engine.emulate_cuda, *sizes)
 
     @contextmanager
@@ -70,7 +81,13 @@ def _nothing() -> Iterator[None]:
 
 @lru_cache
 def _build_groups(
-    world: dist.ProcessGroup | None, emulated: bool, tensor: int, pipeline: int, expert: int, expert_tensor: int
+    world: dist.ProcessGroup | None,
+    emulated: bool,
+    tensor: int,
+    context: int,
+    pipeline: int,
+    expert: int,
+    expert_tensor: int,
 ) -> dict[str, Any]:
     from megatron.core import parallel_state
 
@@ -79,6 +96,7 @@ def _build_groups(
         parallel_state.create_group = _shared(create_group)
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=tensor,
+        context_parallel_size=context,
         pipeline_model_parallel_size=pipeline,
         expert_model_parallel_size=expert,
         expert_tensor_parallel_size=expert_tensor,

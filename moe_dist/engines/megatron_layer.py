@@ -116,8 +116,8 @@ class MegatronMoELayer(MegatronModule):
         several = experts_group is not None or groups.dp.size() > 1
         expert_map = options.expert_map or ExpertMap.contiguous(options.moe.num_experts, groups.ep.size())
         exchange = options.exchange
-        split = TokenSplit(groups.tp) if config.sequence_parallel else None
-        if groups.tp.size() > 1 and split is None:
+        split = _split(groups, config.sequence_parallel)
+        if groups.tp.size() > 1 and not config.sequence_parallel:
             exchange = TensorShare(expert_map.sliced(num_slices), experts_group, groups.tp)
         self.moe = MoELayer(
             config.hidden_size,
@@ -184,6 +184,19 @@ class MegatronMoELayer(MegatronModule):
         return Tokens(num_sequences=num_sequences, padding_T=padding_T, share=0.0)
 
 
+def _split(groups: ProcessGroupCollection, sequence_parallel: bool) -> TokenSplit | None:
+    """Which parts of the sequences each rank has. Of 2 c chunks, context-parallel rank i of c has i and 2 c - 1 - i, so that
+    causal attention is as much work for each; sequence parallelism then cuts what a rank has into consecutive parts."""
+    context, parts = groups.cp.size(), groups.tp.size() if sequence_parallel else 1
+    if context == 1:
+        return TokenSplit(groups.tp) if parts > 1 else None
+    chunks = []
+    for rank in range(context):
+        own = [chunk * parts + part for chunk in (rank, 2 * context - 1 - rank) for part in range(parts)]
+        chunks += [tuple(own[2 * part : 2 * part + 2]) for part in range(parts)]
+    return TokenSplit(groups.tp_cp if parts > 1 else groups.cp, tuple(chunks))
+
+
 def _names(losses: Any) -> list[str]:
     return [name for name in type(losses).model_fields if name != "scaling"]
 
@@ -191,11 +204,6 @@ def _names(losses: Any) -> list[str]:
 def _check(config: Any, is_mtp_layer: bool) -> None:
     if is_mtp_layer:
         raise ValueError("moe_dist's layer is not offered in a layer of multi-token prediction; use another mlp there")
-    if config.context_parallel_size > 1:
-        raise ValueError(
-            f"context_parallel_size: {config.context_parallel_size} would split the sequences over which moe_dist's routers "
-            "decide; use 1"
-        )
     granularity, modules = config.recompute_granularity, config.recompute_modules or []
     if granularity == "full" or (granularity == "selective" and "mlp" in modules):
         raise ValueError(

@@ -22,7 +22,7 @@ from torch.utils.checkpoint import checkpoint
 
 from moe_dist.config import Config
 from moe_dist.config.layout import layers_of_stage, moe_layers
-from moe_dist.engines.megatron_fused import has_transformer_engine, norm_of
+from moe_dist.engines.megatron_fused import has_transformer_engine, rms_norm
 from moe_dist.engines.megatron_layer import LayerOptions, MegatronMoELayer, layer_spec
 
 
@@ -59,6 +59,7 @@ def transformer_config(config: Config, autocast: bool) -> TransformerConfig:
         # The engine divides the loss itself, by the targets of the whole step: gradients are then summed over all ranks.
         calculate_per_token_loss=True,
         tensor_model_parallel_size=parallel.tensor,
+        context_parallel_size=parallel.context,
         pipeline_model_parallel_size=parallel.pipeline,
         virtual_pipeline_model_parallel_size=parallel.pipeline_interleaving if interleaved else None,
         # With two stages both neighbours are one rank: a batch of sends would mix up activations and gradients.
@@ -80,7 +81,7 @@ def build_model(
     from megatron.core import parallel_state
 
     with_experts, recomputed = set(moe_layers(config)), config.model.activation_checkpointing
-    stage, norm = parallel_state.get_pipeline_model_parallel_rank(), norm_of(config)
+    stage, norm = parallel_state.get_pipeline_model_parallel_rank(), rms_norm(config.engine.emulate_cuda)
     is_last = (stage, chunk) == (config.parallel.pipeline - 1, config.parallel.pipeline_interleaving - 1)
     specs = []
     for number in layers_of_stage(config, stage)[chunk]:

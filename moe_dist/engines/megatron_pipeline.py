@@ -20,9 +20,9 @@ def receive(config: TransformerConfig, shape_BS: torch.Size, device: torch.devic
     """Hidden states [S, B, H] from the stage before, from the last one to the first one's next chunk.
 
     Args:
-        shape_BS: of the tokens of the micro-batch.
+        shape_BS: of the tokens of the micro-batch, over all ranks that hold parts of its sequences.
     """
-    parts = config.tensor_model_parallel_size if config.sequence_parallel else 1
+    parts = config.context_parallel_size * (config.tensor_model_parallel_size if config.sequence_parallel else 1)
     shape = (shape_BS[1] // parts, shape_BS[0], config.hidden_size)
     hidden_SBH = torch.empty(shape, dtype=config.pipeline_dtype, device=device)
     group = parallel_state.get_pipeline_model_parallel_group()

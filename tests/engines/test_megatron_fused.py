@@ -13,20 +13,19 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from moe_dist.config import build_config
 from moe_dist.engines import megatron_fused
 from tests.support.equality import changed, trace
 
 pytest.importorskip("megatron.core")
 
-from tests.engines.test_megatron import FLOAT32, MEGATRON  # noqa: E402 (its import needs megatron-core)
+from tests.engines.test_megatron import FLOAT32, MEGATRON
 
 if find_spec("apex") or find_spec("transformer_engine"):
     pytest.skip("the stand-ins would stand beside the real ones", allow_module_level=True)
 
 OTHER = {"apex/__init__.py": "from pyramid.session import UnencryptedCookieSessionFactoryConfig\n"}
 """As PyPI's does, which is a toolkit for web pages."""
-ADAM = '''
+ADAM = """
 import torch
 
 class FusedAdam(torch.optim.Optimizer):
@@ -47,7 +46,7 @@ class FusedAdam(torch.optim.Optimizer):
                 p.sub_(group["lr"] * mean / (square.sqrt() + group["eps"]))
 
 class FusedSGD: ...
-'''
+"""
 NVIDIA = {
     "apex/__init__.py": "",
     "apex/optimizers/__init__.py": ADAM,
@@ -99,9 +98,8 @@ def test_what_is_missing_is_said_in_one_line(
 def test_apex_norm_is_taken_where_it_is_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write(tmp_path, NVIDIA)
     monkeypatch.syspath_prepend(tmp_path)
-    on_cpu = build_config(changed(FLOAT32, MEGATRON))
-    on_gpu = on_cpu.model_copy(update={"engine": on_cpu.engine.model_copy(update={"emulate_cuda": False})})
-    norms = [megatron_fused.norm_of(config)(SimpleNamespace(sequence_parallel=True), 6) for config in (on_gpu, on_cpu)]
+    config = SimpleNamespace(sequence_parallel=True)
+    norms = [megatron_fused.rms_norm(emulated)(config, 6) for emulated in (False, True)]
     assert [type(norm).__mro__[1].__name__ for norm in norms] == ["FusedRMSNorm", "RMSNorm"]
     assert all(norm.weight.sequence_parallel for norm in norms)
     hidden = torch.randn(3, 6, generator=torch.Generator().manual_seed(0))
