@@ -37,8 +37,9 @@ def missing_parts() -> str:
     return f"{line} (the package apex that is installed is another one; NVIDIA's is built from github.com/NVIDIA/apex)"
 
 
+@cache
 def tell_what_is_missing(emulated: bool) -> None:
-    """Once, on standard error: whether CUDA is emulated, and which of the fused parts are not there."""
+    """Once in a process, on standard error: whether CUDA is emulated, and which of the fused parts are not there."""
     if emulated:
         print("engine.emulate_cuda: Megatron-Core runs on the CPU, for trying and testing only", file=sys.stderr)
     if line := missing_parts():

@@ -47,6 +47,30 @@ MESSAGES = [
         r"and a rank has 1 in a step; change training.micro_batch_size or training.global_batch_size",
     ),
     (
+        ["parallel.context=2"],
+        None,
+        r"parallel\.context: 2 is not offered by engine.name: native .*; use 1, or .* megatron",
+    ),
+    (
+        ["engine.name=megatron", "parallel.context=2", "data.separate_documents=true"],
+        None,
+        r"data\.separate_documents: true is not offered with parallel.context = 2, .*; use false, or parallel.context: 1",
+    ),
+    (
+        [
+            "engine={name: megatron, sequence_parallel: true}",
+            "parallel={context: 2, tensor: 2}",
+            "training.sequence_length=36",
+        ],
+        None,
+        r"parallel\.context: 2 cuts sequences into 8 parts, which do not divide training.sequence_length = 36; use a .* of 8",
+    ),
+    (
+        ["engine.name=megatron", "parallel={context: 2, tensor: 2}"],
+        6,
+        r"--ranks: 6 is not valid; .* 4 or a multiple of it, because of parallel.tensor = 2 and parallel.context = 2",
+    ),
+    (
         ["engine.name=megatron", "parallel.pipeline_interleaving=2"],
         None,
         r"parallel\.pipeline_interleaving: 2 has no effect with parallel.pipeline: 1; .*",

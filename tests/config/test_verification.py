@@ -150,7 +150,7 @@ def test_what_depends_on_the_layout_is_refused(path: Path) -> None:
 def test_a_layout_that_is_none(layout: str) -> None:
     with pytest.raises(
         ConfigError,
-        match="valid are data, or sizes of expert, expert_tensor, tensor, pipeline, pipeline_interleaving, such as",
+        match="valid are data, or sizes of expert, expert_tensor, tensor, context, pipeline, pipeline_interleaving, such as",
     ):
         parse_layout(layout)
 

@@ -4,7 +4,10 @@ float32: the gradient of every parameter to 1e-5, losses and norms of the first 
 routed must be the same in the first steps.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
+from typing import Any
 
 import pytest
 
@@ -102,6 +105,35 @@ CASES: dict[str, dict[str, int]] = {
         "2 ranks, expert 2": 3,
     },
 }
+
+
+@contextmanager
+def unmarked() -> Iterator[None]:
+    """On each rank: weights of MoE layers without the mark by which Megatron sums the gradients of parts of sequences."""
+    from moe_dist.engines import megatron_layer
+
+    layer = megatron_layer.MegatronMoELayer
+    set_layer_number = layer.set_layer_number
+
+    def unmark(self: Any, number: int) -> None:
+        set_layer_number(self, number)
+        for parameter in self.moe.parameters():
+            parameter.sequence_parallel = False  # type: ignore[attr-defined]
+
+    layer.set_layer_number = unmark  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        layer.set_layer_number = set_layer_number  # type: ignore[method-assign]
+
+
+def test_gradients_that_are_not_summed_over_parts_of_sequences_are_found() -> None:
+    num_ranks, changes = LAYOUTS["2 ranks, tensor 2, sequence"]
+    result = trace(changed(FLOAT32, changes, MEGATRON), num_ranks, 1, (0,), unmarked)
+    found = " ".join(differences(result, reference("adamw").part(0, 1), 1e-5, 1e-5))
+    assert "layers.1.moe.router.weight" in found
+    assert "layers.1.moe.shared.w_gate" in found
+    assert "layers.0." not in found
 
 
 EVALUATED = ("2 ranks, tensor 2, expert 2, sequence", "2 ranks, pipeline 2", "4 ranks, interleaved, tensor 2, sequence")

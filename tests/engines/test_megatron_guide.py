@@ -29,7 +29,8 @@ def test_it_takes_sequence_parallelism_with_our_norm(tmp_path: Path) -> None:
     script = script_of_the_guide()
     for old, new in {
         "num_layers=2,": "num_layers=2, tensor_model_parallel_size=2, sequence_parallel=True,",
-        "expert_model_parallel_size=dist.get_world_size()": "tensor_model_parallel_size=2, expert_model_parallel_size=2",
+        "expert_model_parallel_size=dist.get_world_size()": "tensor_model_parallel_size=2, "
+        "expert_model_parallel_size=2, expert_tensor_parallel_size=1",
         "torch.manual_seed(dist.get_rank())": "torch.manual_seed(0)",  # these ranks have the same tokens
         "    model = GPTModel(config, spec,": SPEC_WITH_NORMS + "    model = GPTModel(config, block,",
     }.items():

@@ -12,8 +12,6 @@ if find_spec("megatron") is None:
 from moe_dist.engines.cuda_on_cpu import cuda_on_cpu
 
 PLAIN = {
-    "context_parallel_size": 1,
-    "sequence_parallel": False,
     "recompute_granularity": None,
     "recompute_modules": None,
 }
@@ -22,7 +20,6 @@ PLAIN = {
 @pytest.mark.parametrize(
     ("changes", "is_mtp_layer", "message"),
     [
-        ({"context_parallel_size": 2}, False, "context_parallel_size: 2 .*; use 1"),
         ({"recompute_granularity": "full"}, False, "recompute_granularity: .* use .*CheckpointedLayer"),
         ({"recompute_granularity": "selective", "recompute_modules": ["mlp"]}, False, "recompute_granularity: .*"),
         ({}, True, "multi-token prediction; use another mlp there"),
