@@ -116,7 +116,7 @@ class MegatronMoELayer(MegatronModule):
         several = experts_group is not None or groups.dp.size() > 1
         expert_map = options.expert_map or ExpertMap.contiguous(options.moe.num_experts, groups.ep.size())
         exchange = options.exchange
-        split = _split(groups, config.sequence_parallel)
+        split = _split(groups, config)
         if groups.tp.size() > 1 and not config.sequence_parallel:
             exchange = TensorShare(expert_map.sliced(num_slices), experts_group, groups.tp)
         self.moe = MoELayer(
@@ -184,10 +184,10 @@ class MegatronMoELayer(MegatronModule):
         return Tokens(num_sequences=num_sequences, padding_T=padding_T, share=0.0)
 
 
-def _split(groups: ProcessGroupCollection, sequence_parallel: bool) -> TokenSplit | None:
+def _split(groups: ProcessGroupCollection, config: Any) -> TokenSplit | None:
     """Which parts of the sequences each rank has. Of 2 c chunks, context-parallel rank i of c has i and 2 c - 1 - i, so that
     causal attention is as much work for each; sequence parallelism then cuts what a rank has into consecutive parts."""
-    context, parts = groups.cp.size(), groups.tp.size() if sequence_parallel else 1
+    context, parts = config.context_parallel_size, groups.tp.size() if config.sequence_parallel else 1
     if context == 1:
         return TokenSplit(groups.tp) if parts > 1 else None
     chunks = []
