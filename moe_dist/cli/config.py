@@ -8,7 +8,7 @@ from rich.table import Table
 
 from moe_dist.cli.arguments import ConfigFile, Overrides, Ranks
 from moe_dist.config import Config, Layout, dump_config, layout_dependence, layout_of, load_config
-from moe_dist.config.layout import owner_of_expert
+from moe_dist.config.layout import layers_of_stage, owner_of_expert
 from moe_dist.config.methods import FEATURES, METHODS
 from moe_dist.config.routing import RoutingConfig
 from moe_dist.config.size import size_of
@@ -29,6 +29,7 @@ def config(config: ConfigFile, overrides: Overrides = None, ranks: Ranks = None)
         dump_config(resolved).rstrip(),
         _batch(resolved, layout),
         _layout(resolved, layout),
+        *([_stages(resolved, layout)] if layout.pipeline > 1 else []),
         _experts(resolved, layout),
         _parameters(resolved),
         _routing(resolved.routing),
@@ -62,6 +63,21 @@ def _layout(config: Config, layout: Layout) -> Table:
     if slices > 1:
         table.add_row("expert tensor parallel", str(slices), _groups(layout.expert_tensor_groups()))
     table.add_row("expert data parallel", str(layout.expert_data), _groups(layout.expert_data_groups()))
+    if layout.tensor > 1:
+        name = "tensor and sequence parallel" if config.engine.sequence_parallel else "tensor parallel"
+        table.add_row(name, str(layout.tensor), _groups(layout.tensor_groups()))
+    if layout.context > 1:
+        table.add_row("context parallel", str(layout.context), _groups(layout.context_groups()))
+    if layout.pipeline > 1:
+        table.add_row("pipeline stages", str(layout.pipeline), _groups(layout.stages()))
+    return table
+
+
+def _stages(config: Config, layout: Layout) -> Table:
+    table = _table("Layers of stages", "pipeline stage", "layers")
+    for stage in _abbreviated(range(layout.pipeline)):
+        chunks = [] if stage is None else layers_of_stage(config, stage)
+        table.add_row("..." if stage is None else str(stage), _groups(chunks) or "...")
     return table
 
 

@@ -10,7 +10,7 @@ from moe_dist.config.backends import LIMITS, backend_problem
 from moe_dist.config.deepep import deepep_problems, most_choices
 from moe_dist.config.deepspeed import contradictions, deepspeed_problems
 from moe_dist.config.errors import ConfigError, show
-from moe_dist.config.layout import fewest_ranks, layout_of, moe_layers
+from moe_dist.config.layout import fewest_ranks, layout_of, micro_batch_size_of, moe_layers
 from moe_dist.config.megatron import megatron_batch_problems, megatron_problems
 from moe_dist.config.methods import METHODS
 from moe_dist.config.routing import SequenceGroup
@@ -165,12 +165,22 @@ def _without_effect(config: Config) -> Iterator[str]:
     The settings of a part that is switched off (`routing.bias.rate` with rule: none) are no such request: switching it off
     by one override must not mean clearing them too.
     """
-    optimizer, engine = config.training.optimizer.name, config.engine.name
+    optimizer, engine, parallel = config.training.optimizer.name, config.engine.name, config.parallel
     idle = [
-        (f"engine.name: {engine}", engine != "megatron", ["engine.distributed_optimizer", "engine.emulate_cuda"]),
+        (
+            f"engine.name: {engine}",
+            engine != "megatron",
+            ["engine.distributed_optimizer", "engine.sequence_parallel", "engine.emulate_cuda"],
+        ),
+        ("parallel.tensor: 1", engine == "megatron" and parallel.tensor == 1, ["engine.sequence_parallel"]),
+        (
+            "parallel.pipeline: 1",
+            engine == "megatron" and parallel.pipeline == 1,
+            ["parallel.pipeline_interleaving"],
+        ),
         (
             "parallel.expert: 1",
-            config.parallel.expert * config.parallel.expert_tensor == 1,
+            parallel.expert * parallel.expert_tensor == 1,
             ["parallel.dispatch", "parallel.ranks_per_node", "parallel.overlap_chunks"],
         ),
         (f"engine.name: {engine}", engine != "native", ["engine.sharding"]),
@@ -209,7 +219,7 @@ def _ranks(config: Config, num_ranks: int | None) -> Iterator[str]:
     fewest = fewest_ranks(config)
     num_ranks = fewest if num_ranks is None else num_ranks
     if num_ranks < 1 or num_ranks % fewest:
-        names = ("expert", "expert_tensor", "tensor", "pipeline")
+        names = ("expert", "expert_tensor", "tensor", "context", "pipeline")
         sizes = [f"parallel.{name} = {size}" for name in names if (size := getattr(config.parallel, name)) > 1]
         reason = f", because of {' and '.join(sizes)}" if sizes else ""
         yield f"--ranks: {num_ranks} is not valid; it should be {fewest} or a multiple of it{reason}"
@@ -251,10 +261,10 @@ def _slices(config: Config) -> Iterator[str]:
 
 
 def _batch(config: Config, num_ranks: int) -> Iterator[str]:
-    training, group = config.training, config.routing.group
-    data = num_ranks // (config.parallel.tensor * config.parallel.pipeline)
+    training, parallel, group = config.training, config.parallel, config.routing.group
+    data = num_ranks // (parallel.tensor * parallel.context * parallel.pipeline)
     share, rest = divmod(training.global_batch_size, data)
-    micro_batch_size = training.micro_batch_size or share
+    micro_batch_size = micro_batch_size_of(config, share)
     if rest:
         yield (
             f"training.global_batch_size: {training.global_batch_size} is not a multiple of "
@@ -271,7 +281,7 @@ def _batch(config: Config, num_ranks: int) -> Iterator[str]:
             f"{micro_batch_size} sequences that each rank holds; use a divisor, or rank"
         )
     elif config.engine.name == "megatron":
-        yield from megatron_batch_problems(config, micro_batch_size)
+        yield from megatron_batch_problems(config, micro_batch_size, share // micro_batch_size)
 
 
 def _widths(config: Config, num_ranks: int) -> Iterator[str]:

@@ -12,13 +12,15 @@ class Layout:
     """Sizes of the parallel dimensions of a run.
 
     Pipeline stages are blocks of consecutive ranks; inside a stage, consecutive ranks are tensor-parallel and hold the same
-    tokens. Expert parallelism folds over the ranks of a stage: consecutive ranks form an expert-parallel group (each holds
-    other experts), and the ranks of equal place in these groups form an expert-data group (the same experts). With expert
-    tensor parallelism, consecutive ranks of an expert-parallel group hold slices of the same experts.
+    tokens, and consecutive groups of these are context-parallel and hold parts of the same sequences. Expert parallelism folds
+    over the ranks of a stage: consecutive ranks form an expert-parallel group (each holds other experts), and the ranks of equal
+    place in these groups form an expert-data group (the same experts). With expert tensor parallelism, consecutive ranks of an
+    expert-parallel group hold slices of the same experts.
     """
 
     num_ranks: int
     tensor: int
+    context: int
     pipeline: int
     data: int
     expert: int
@@ -29,17 +31,34 @@ class Layout:
 
     @property
     def copies(self) -> int:
-        """Ranks that hold the same tokens."""
-        return self.tensor * self.pipeline
+        """Ranks that read the same sequences."""
+        return self.tensor * self.context * self.pipeline
 
     def data_groups(self) -> list[list[int]]:
-        """Ranks of each group that holds different tokens, and the same dense weights."""
-        stage = self.num_ranks // self.pipeline
+        """Ranks of each group that reads different sequences, and holds the same dense weights."""
+        stage, step = self.num_ranks // self.pipeline, self.tensor * self.context
         return [
-            list(range(first, start + stage, self.tensor))
+            list(range(first, start + stage, step))
             for start in range(0, self.num_ranks, stage)
+            for first in range(start, start + step)
+        ]
+
+    def context_groups(self) -> list[list[int]]:
+        """Ranks of each group that holds parts of the same sequences."""
+        size = self.tensor * self.context
+        return [
+            list(range(first, start + size, self.tensor))
+            for start in range(0, self.num_ranks, size)
             for first in range(start, start + self.tensor)
         ]
+
+    def tensor_groups(self) -> list[list[int]]:
+        """Ranks of each group that splits attention and dense layers."""
+        return self._blocks(self.tensor)
+
+    def stages(self) -> list[list[int]]:
+        """Ranks of each pipeline stage."""
+        return self._blocks(self.num_ranks // self.pipeline)
 
     def expert_groups(self) -> list[list[int]]:
         """Ranks of each expert-parallel group: expert * expert_tensor of them."""
@@ -65,18 +84,19 @@ class Layout:
 def fewest_ranks(config: Config) -> int:
     """The smallest number of ranks that the `parallel` section allows."""
     parallel = config.parallel
-    return math.lcm(parallel.expert * parallel.expert_tensor, parallel.tensor) * parallel.pipeline
+    return math.lcm(parallel.expert * parallel.expert_tensor, parallel.tensor * parallel.context) * parallel.pipeline
 
 
 def layout_of(config: Config, num_ranks: int | None = None) -> Layout:
     """The layout of a config that has passed the checks."""
     num_ranks = num_ranks or fewest_ranks(config)
     parallel, training = config.parallel, config.training
-    data = num_ranks // (parallel.tensor * parallel.pipeline)
-    micro_batch_size = training.micro_batch_size or training.global_batch_size // data
+    data = num_ranks // (parallel.tensor * parallel.context * parallel.pipeline)
+    micro_batch_size = micro_batch_size_of(config, training.global_batch_size // data)
     return Layout(
         num_ranks=num_ranks,
         tensor=parallel.tensor,
+        context=parallel.context,
         pipeline=parallel.pipeline,
         data=data,
         expert=parallel.expert,
@@ -85,6 +105,20 @@ def layout_of(config: Config, num_ranks: int | None = None) -> Layout:
         micro_batch_size=micro_batch_size,
         accumulation_steps=training.global_batch_size // (data * micro_batch_size),
     )
+
+
+def micro_batch_size_of(config: Config, share: int) -> int:
+    """Sequences of one forward of a rank that has `share` of them in a step."""
+    stages = config.parallel.pipeline if config.parallel.pipeline_interleaving > 1 else 1
+    return config.training.micro_batch_size or share // (1 if share % stages else stages)
+
+
+def layers_of_stage(config: Config, stage: int) -> list[list[int]]:
+    """Numbers of the layers of each chunk of a pipeline stage: chunk 0 of all stages comes first, then chunk 1 of all."""
+    stages, chunks = config.parallel.pipeline, config.parallel.pipeline_interleaving
+    size = config.model.num_layers // (stages * chunks)
+    firsts = [(chunk * stages + stage) * size for chunk in range(chunks)]
+    return [list(range(first, first + size)) for first in firsts]
 
 
 def owner_of_expert(config: Config) -> list[int]:

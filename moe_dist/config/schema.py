@@ -83,8 +83,13 @@ class ParallelConfig(Section):
     """Ranks over which the FFN width of one expert is split: expert x expert_tensor ranks then share the experts of a layer."""
     tensor: PositiveInt = 1
     """Ranks over which attention and dense layers are split."""
+    context: PositiveInt = 1
+    """Ranks over which each sequence is split in attention too; by TransformerEngine's attention (not run on hardware)."""
     pipeline: PositiveInt = 1
     """Pipeline stages."""
+    pipeline_interleaving: PositiveInt = 1
+    """Chunks of layers of each pipeline stage: with more than 1, stages take turns several times in a forward (interleaved
+    1F1B), so that they idle less at the ends of a step, and send more often."""
     dispatch: Literal["flat", "hierarchical", "deepep"] = "flat"
     """How tokens reach the ranks of their experts. flat: one all-to-all over the expert-parallel group, a row for each expert
     of a token; hierarchical: between nodes first, where a token crosses once for each node that has experts of it, then
@@ -170,7 +175,8 @@ class TrainingConfig(Section):
     global_batch_size: PositiveInt = 16
     """Sequences of an optimiser step, over all ranks: the same for every layout."""
     micro_batch_size: PositiveInt | None = None
-    """Sequences of one forward on one rank. Default: all of the rank's share, without accumulation."""
+    """Sequences of one forward on one rank. Default: all of the rank's share, without accumulation; with interleaved pipeline
+    stages, one part of it for each stage."""
     sequence_length: PositiveInt = 256
     """Tokens of a sequence."""
     optimizer: OptimizerConfig = OptimizerConfig()
@@ -234,6 +240,9 @@ class EngineConfig(Section):
     """Of the deepspeed engine: keys of DeepSpeed's own configuration, merged over the one that this config makes."""
     distributed_optimizer: Switch = True
     """Of the megatron engine: moments and main weights spread over the data ranks by Megatron's distributed optimizer."""
+    sequence_parallel: Switch = False
+    """Of the megatron engine, with parallel.tensor above 1: its ranks hold parts of each sequence between attention and dense
+    layers, for norms and MoE layers."""
     emulate_cuda: Switch = False
     """Of the megatron engine: run Megatron-Core on CPUs, which it is not made for: to try a layout, and for tests."""
 

@@ -32,7 +32,17 @@ SUPPORT: dict[str, dict[str, str]] = {
         "deepspeed": "it does not split attention and dense layers",
         "megatron": "",
     },
+    "parallel.context": {
+        "native": "it does not split sequences",
+        "deepspeed": "it does not split sequences",
+        "megatron": "",
+    },
     "parallel.pipeline": {
+        "native": "it has no pipeline stages",
+        "deepspeed": "DeepSpeed's pipeline does not take MoE layers",
+        "megatron": "",
+    },
+    "parallel.pipeline_interleaving": {
         "native": "it has no pipeline stages",
         "deepspeed": "DeepSpeed's pipeline does not take MoE layers",
         "megatron": "",

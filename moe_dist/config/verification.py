@@ -12,7 +12,7 @@ from moe_dist.config.load import load_config
 from moe_dist.config.schema import Config
 from moe_dist.config.support import ENGINES, SUPPORT
 
-SIZES = ("expert", "expert_tensor", "tensor", "pipeline")
+SIZES = ("expert", "expert_tensor", "tensor", "context", "pipeline", "pipeline_interleaving")
 """Keys of `parallel` that a layout may name."""
 
 TRIED = (2, 4)
@@ -22,7 +22,7 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     # engine -> what is tried of it in every layout
     "native": ("sharding=replicate", "sharding=full"),
     "deepspeed": ("zero_stage=0", "zero_stage=1", "zero_stage=2", "zero_stage=3"),
-    "megatron": ("distributed_optimizer=false", "distributed_optimizer=true"),
+    "megatron": ("distributed_optimizer=false", "distributed_optimizer=true", "sequence_parallel=true"),
 }
 
 
@@ -121,6 +121,8 @@ def default_rows(num_ranks: int, engines: list[str], layouts: list[str] | None, 
             for variant in VARIANTS[engine]:
                 if variant == "zero_stage=3" and sizes.get("expert", 1) > 1:
                     continue  # there ZeRO shards the experts itself
+                if variant == "sequence_parallel=true" and sizes.get("tensor", 1) == 1:
+                    continue
                 settings = [f"name={engine}", variant]
                 if engine == "megatron" and not on_gpu:
                     settings.append("emulate_cuda=true")
@@ -136,7 +138,9 @@ def layouts_for(engine: str, num_ranks: int) -> list[str]:
     found = ["data"]
     if offered["expert"]:
         found += [f"expert={size}" for size in sorted({*sizes, num_ranks} - {1})]
-    found += [f"{key}=2" for key in SIZES[1:] if offered[key] and num_ranks % 2 == 0]
+    if num_ranks % 2 == 0:
+        found += [f"{key}=2" for key in ("expert_tensor", "tensor", "pipeline") if offered[key]]
+        found += ["pipeline=2,pipeline_interleaving=2"] if offered["pipeline_interleaving"] else []
     if num_ranks % 4 == 0:
         found += [f"{key}=2,expert=2" for key in ("expert_tensor", "tensor") if offered["expert"] and offered[key]]
     return found

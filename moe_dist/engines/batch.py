@@ -34,6 +34,11 @@ class Batch:
         moved = {name: value.to(device, non_blocking=True) for name, value in vars(self).items() if value is not None}
         return replace(self, **moved)
 
+    def at(self, position_S: Tensor) -> "Batch":
+        """The batch at these positions of each sequence."""
+        per_token = {name: value for name, value in vars(self).items() if name.endswith("_BS") and value is not None}
+        return replace(self, **{name: value[:, position_S] for name, value in per_token.items()})
+
     def num_targets(self) -> int:
         """Positions that count in the loss. Reads the batch on the host: call it before `to`."""
         return int((self.target_BS != IGNORED).sum())

@@ -80,10 +80,10 @@ def _restorer(owner: Any, name: str) -> Callable[[], None]:
 
 
 class _DeviceIsCPU(TorchFunctionMode):
-    """Takes every device "cuda…" in a call of PyTorch for the CPU."""
+    """Takes every device "cuda…" in a call of PyTorch for the CPU, and leaves memory where it is."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = dict(kwargs or {})
+        kwargs = {name: value for name, value in (kwargs or {}).items() if name != "pin_memory"}
         if _is_cuda(kwargs.get("device")):
             kwargs["device"] = "cpu"
         return func(*("cpu" if _is_cuda(value) else value for value in args), **kwargs)

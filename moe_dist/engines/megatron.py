@@ -2,7 +2,7 @@
 
 The module is imported by the registry when a config asks for it: nothing else of moe_dist needs megatron-core.
 
-For a user's script: `moe_layer_spec`, `TokenRecord`, `CheckpointedLayer`, `finalize_with_balance` (docs/megatron.md).
+For a user's script: `moe_layer_spec`, `TokenRecord`, `CheckpointedLayer`, `finalize_with_balance`, `rms_norm` (docs/megatron.md).
 
 Shape letters: B sequences, S sequence length, V vocabulary on this rank.
 """
@@ -32,7 +32,8 @@ from moe_dist.dispatch.exchange import build_exchange
 from moe_dist.engines import megatron_optimizer as optimizers
 from moe_dist.engines.batch import IGNORED, Batch
 from moe_dist.engines.engine import Engine
-from moe_dist.engines.megatron_groups import megatron_context, tell_what_is_missing
+from moe_dist.engines.megatron_fused import rms_norm, tell_what_is_missing
+from moe_dist.engines.megatron_groups import megatron_context
 from moe_dist.engines.megatron_layer import (
     LayerOptions,
     MegatronMoELayer,
@@ -42,7 +43,8 @@ from moe_dist.engines.megatron_layer import (
     update_balance,
 )
 from moe_dist.engines.megatron_model import CheckpointedLayer, build_model, document_mask, transformer_config
-from moe_dist.engines.megatron_names import initialise, named, pieces_of
+from moe_dist.engines.megatron_names import Pieces, initialise, named, pieces_of
+from moe_dist.engines.megatron_pipeline import computing, receive, send
 from moe_dist.placement import ExpertMap
 from moe_dist.routing import Tokens
 
@@ -52,6 +54,7 @@ __all__ = [
     "TokenRecord",
     "finalize_with_balance",
     "moe_layer_spec",
+    "rms_norm",
     "update_balance",
 ]
 
@@ -75,7 +78,8 @@ class MegatronEngine(Engine):
         self.watch(
             {
                 layer.layer_number - 1: layer.mlp.moe
-                for layer in self.model.decoder.layers
+                for model in self.models
+                for layer in model.decoder.layers
                 if isinstance(layer.mlp, MegatronMoELayer)
             }
         )
@@ -98,34 +102,45 @@ class MegatronEngine(Engine):
         )
         tensor = self.layout.tensor
         padded = math.ceil(self.vocab_size / tensor) * tensor
-        self.model = build_model(config, self.megatron_config, padded, options).to(device)
-        self.pieces = pieces_of(
-            self.model,
-            config,
-            self.vocab_size,
-            _mesh(parallel_state.get_tensor_model_parallel_group(), device),
-            _mesh(parallel_state.get_expert_tensor_parallel_group(), device),
-        )
+        self.models = [
+            build_model(config, self.megatron_config, padded, options, chunk).to(device)
+            for chunk in range(config.parallel.pipeline_interleaving)
+        ]
+        self.last = self.models[-1] if self.models[-1].post_process else None
+        tensor_mesh = _mesh(parallel_state.get_tensor_model_parallel_group(), device)
+        slices_mesh = _mesh(parallel_state.get_expert_tensor_parallel_group(), device)
+        self.pieces: Pieces = {}
+        for model in self.models:
+            self.pieces |= pieces_of(model, config, self.vocab_size, tensor_mesh, slices_mesh)
         for parameter, parts in self.pieces.items():
             if parts[0].mesh is not None and not hasattr(parameter, "tensor_model_parallel"):
                 # Or the gradient norm would count one rank's part only. Megatron sets it where it draws the weights.
                 set_tensor_model_parallel_attributes(parameter, True, parts[0].dimension, 1)
         initialise(self.pieces, config)
-        self.chunk = DistributedDataParallel(
-            self.megatron_config,
-            DistributedDataParallelConfig(use_distributed_optimizer=config.engine.distributed_optimizer),
-            self.model,
-        )
+        distributed = DistributedDataParallelConfig(use_distributed_optimizer=config.engine.distributed_optimizer)
+        self.chunks = [
+            DistributedDataParallel(self.megatron_config, distributed, model, disable_bucketing=number > 0)
+            for number, model in enumerate(self.models)
+        ]
         self.megatron_config.finalize_model_grads_func = _without_division
-        self.optimizer = optimizers.build_optimizer(config, [self.chunk])
+        self.optimizer = optimizers.build_optimizer(config, self.chunks)
 
     def accumulate(self, batches: list[Batch], num_targets: int, num_tokens: int, step: int = 0) -> torch.Tensor:
         """See Engine."""
-        self.chunk.train()
+        self.set_training(True)
         self.drop_gradients()
-        steps = [(batch, batch.num_tokens() / max(1, num_tokens)) for batch in batches]
+        shares = [batch.num_tokens() / max(1, num_tokens) for batch in batches]
+        steps = [self._on_device(batch, share, step) for batch, share in zip(batches, shares, strict=True)]
         with self.inside():
-            return self._run([self._on_device(batch, share, step) for batch, share in steps], max(1, num_targets))
+            losses = get_forward_backward_func()(
+                forward_step_func=partial(self._forward, max(1, num_targets)),
+                data_iterator=[iter(steps) for _ in self.chunks],
+                model=self.chunks,
+                num_microbatches=len(steps),
+                seq_length=steps[0][0].input_BS.shape[1],
+                micro_batch_size=steps[0][0].input_BS.shape[0],
+            )
+            return self._counted_once(losses)
 
     def loss_and_norm(self, loss_sum: torch.Tensor) -> tuple[float, float]:
         """See Engine."""
@@ -148,30 +163,40 @@ class MegatronEngine(Engine):
 
     def drop_gradients(self) -> None:
         """See Engine."""
-        self.chunk.zero_grad_buffer()
+        for chunk in self.chunks:
+            chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
 
     def loss(self, batch: Batch, share: float, step: int = 0) -> torch.Tensor:
-        """See Engine."""
-        with self.inside():
-            return self._run([self._on_device(batch, share, step)], 1, forward_only=True)
+        """See Engine. Without gradients: Megatron's interleaved schedule does not take a single micro-batch."""
+        steps = self._on_device(batch, share, step)
+        with self.inside(), torch.no_grad():
+            for model, chunk in zip(self.models, self.chunks, strict=True):
+                if not model.pre_process:
+                    model.set_input_tensor(receive(self.megatron_config, batch.input_BS.shape, self.device))
+                with computing(self.megatron_config, self.device):
+                    output, loss_of = self._forward(1, iter([steps]), chunk)
+                if model.post_process:
+                    return self._counted_once([loss_of(output)[-1]])
+                send(output)
+            return self._counted_once([])
 
     def set_training(self, training: bool) -> None:
         """See Engine."""
-        self.chunk.train(training)
+        for chunk in self.chunks:
+            chunk.train(training)
 
     def parts(self) -> Mapping[str, nn.Module | None]:
         """See Engine."""
-        model = self.model
-        own = {layer.layer_number - 1: layer for layer in model.decoder.layers}
-        found: dict[str, nn.Module | None] = {"embedding": model.embedding if model.pre_process else None}
+        own = {layer.layer_number - 1: layer for model in self.models for layer in model.decoder.layers}
+        first, last = self.models[0], self.last
+        found: dict[str, nn.Module | None] = {"embedding": first.embedding if first.pre_process else None}
         with_experts = set(moe_layers(self.config))
         for number in range(self.config.model.num_layers):
             layer = own.get(number)
             found[f"layers.{number}.attention"] = layer and layer.self_attention
             found[f"layers.{number}.{'moe' if number in with_experts else 'ffn'}"] = layer and layer.mlp
-        last = model.post_process
-        return found | {"norm": model.decoder.final_layernorm if last else None, "": model if last else None}
+        return found | {"norm": last and last.decoder.final_layernorm, "": last}
 
     def gradients(self) -> Iterator[tuple[str, torch.Tensor]]:
         """See Engine."""
@@ -209,7 +234,7 @@ class MegatronEngine(Engine):
         with self.inside():
             group = parallel_state.get_pipeline_model_parallel_group()
         dist.all_gather_object(of_stages, {number: _on_cpu(value) for number, value in values.items()}, group=group)
-        return {number: value for of_stage in of_stages for number, value in of_stage.items()}
+        return dict(sorted((number, value) for of_stage in of_stages for number, value in of_stage.items()))
 
     # A schedule's forward step, and the loss of its micro-batch.
 
@@ -217,24 +242,20 @@ class MegatronEngine(Engine):
         batch = batch.to(self.device)
         return batch, batch.tokens(share, step)
 
-    def _run(self, steps: list[Step], divisor: int, forward_only: bool = False) -> torch.Tensor:
-        """Forward, and backward of the loss over `divisor`. Returns the loss of this rank, summed: see Engine.accumulate."""
-        losses = get_forward_backward_func()(
-            forward_step_func=partial(self._forward, divisor),
-            data_iterator=iter(steps),
-            model=self.chunk,
-            num_microbatches=len(steps),
-            seq_length=steps[0][0].input_BS.shape[1],
-            micro_batch_size=steps[0][0].input_BS.shape[0],
-            forward_only=forward_only,
-        )
-        counts = self.model.post_process and parallel_state.get_tensor_model_parallel_rank() == 0
+    def _counted_once(self, losses: list[torch.Tensor]) -> torch.Tensor:
+        """The sum of the losses of micro-batches, on one of the ranks that hold the same tokens; 0 on the others."""
+        counts = self.last is not None and parallel_state.get_tensor_model_parallel_rank() == 0
         zero = torch.zeros((), dtype=torch.float64, device=self.device)
         return sum((loss.double() for loss in losses), zero) if counts else zero
 
     def _forward(self, divisor: int, steps: Iterator[Step], chunk: nn.Module) -> tuple[torch.Tensor, Any]:
         batch, self.record.tokens = next(steps)
-        position_BS = torch.arange(batch.input_BS.shape[1], device=self.device).expand_as(batch.input_BS)
+        position_S = torch.arange(batch.input_BS.shape[1], device=self.device)
+        if (ranks := self.layout.context) > 1:
+            rank, chunks = parallel_state.get_context_parallel_rank(), position_S.chunk(2 * ranks)
+            position_S = torch.cat([chunks[rank], chunks[2 * ranks - 1 - rank]])
+            batch = batch.at(position_S)
+        position_BS = position_S.expand_as(batch.input_BS)
         output = chunk(batch.input_BS, position_BS, document_mask(batch.document_BS))
         return output, partial(self._loss, batch, divisor)
 

@@ -5,12 +5,10 @@ expert parallelism, then the replicas: the groups of moe_dist.config.Layout.
 """
 
 import logging
-import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import lru_cache
-from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -18,11 +16,12 @@ import torch.distributed as dist
 
 from moe_dist.config import Config, ConfigError
 from moe_dist.engines.cuda_on_cpu import cuda_on_cpu
+from moe_dist.engines.megatron_fused import has_transformer_engine
 
 
 def check_megatron(config: Config, device: torch.device) -> None:
-    """Raise ConfigError if there is no CUDA device and none is to be emulated, or the reverse."""
-    emulate = config.engine.emulate_cuda
+    """Raise ConfigError if there is no CUDA device and none is to be emulated, or the reverse, or TransformerEngine is needed."""
+    emulate, context = config.engine.emulate_cuda, config.parallel.context
     if emulate and device.type == "cuda":
         raise ConfigError("engine.emulate_cuda: true is for machines without CUDA, and this one has it; leave it out")
     if not emulate and device.type != "cuda":
@@ -30,28 +29,18 @@ def check_megatron(config: Config, device: torch.device) -> None:
             "engine.name: megatron needs CUDA devices, and there is none for each rank; set engine.emulate_cuda: true to try "
             "it on CPUs, or use engine.name: native"
         )
+    if context > 1 and emulate:
+        raise ConfigError(
+            f"parallel.context: {context} is not offered with engine.emulate_cuda: true, because attention over split sequences "
+            "is TransformerEngine's, which needs CUDA; use 1"
+        )
+    if context > 1 and not has_transformer_engine():
+        raise ConfigError(
+            f"parallel.context: {context} needs TransformerEngine, which is not installed: Megatron-Core has no other attention "
+            "over split sequences; install it by `pip install --no-build-isolation transformer-engine[pytorch]`, or use 1"
+        )
     if emulate and config.training.precision == "bfloat16":
         raise ConfigError("training.precision: bfloat16 is not offered with engine.emulate_cuda: true; use float32")
-
-
-def tell_what_is_missing(emulated: bool) -> None:
-    """Once, on standard error: whether CUDA is emulated, and which of the fused parts are not there."""
-    if emulated:
-        print("engine.emulate_cuda: Megatron-Core runs on the CPU, for trying and testing only", file=sys.stderr)
-        return
-    if find_spec("transformer_engine") is None:
-        instead = "Apex's Adam" if has_nvidia_apex() else "PyTorch's Adam"
-        print(f"TransformerEngine is not installed: {instead}, norms and attention of PyTorch", file=sys.stderr)
-    if find_spec("apex") is not None and not has_nvidia_apex():
-        print(
-            "the package apex that is installed is not NVIDIA's Apex, which is built from github.com/NVIDIA/apex: not used",
-            file=sys.stderr,
-        )
-
-
-def has_nvidia_apex() -> bool:
-    """Whether `apex` is NVIDIA's; PyPI has an unrelated package of that name."""
-    return find_spec("apex") is not None and find_spec("apex.optimizers") is not None
 
 
 def megatron_context(config: Config) -> Callable[[], AbstractContextManager[None]]:
@@ -62,7 +51,7 @@ def megatron_context(config: Config) -> Callable[[], AbstractContextManager[None
     parallel = config.parallel
     emulation = cuda_on_cpu if config.engine.emulate_cuda else _nothing
     with emulation():
-        sizes = (parallel.tensor, parallel.pipeline, parallel.expert, parallel.expert_tensor)
+        sizes = (parallel.tensor, parallel.context, parallel.pipeline, parallel.expert, parallel.expert_tensor)
         inside = _build_groups(dist.group.WORLD, config.engine.emulate_cuda, *sizes)
 
     @contextmanager
@@ -77,6 +66,8 @@ def megatron_context(config: Config) -> Callable[[], AbstractContextManager[None
             outside = _globals()
             stack.callback(vars(parallel_state).update, outside)
             vars(parallel_state).update(inside)
+            chunks = parallel.pipeline_interleaving
+            parallel_state.set_virtual_pipeline_model_parallel_world_size(chunks if chunks > 1 else None)
             yield
             inside.update(_globals())  # what is made at first use
 
@@ -90,7 +81,13 @@ def _nothing() -> Iterator[None]:
 
 @lru_cache
 def _build_groups(
-    world: dist.ProcessGroup | None, emulated: bool, tensor: int, pipeline: int, expert: int, expert_tensor: int
+    world: dist.ProcessGroup | None,
+    emulated: bool,
+    tensor: int,
+    context: int,
+    pipeline: int,
+    expert: int,
+    expert_tensor: int,
 ) -> dict[str, Any]:
     from megatron.core import parallel_state
 
@@ -99,6 +96,7 @@ def _build_groups(
         parallel_state.create_group = _shared(create_group)
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=tensor,
+        context_parallel_size=context,
         pipeline_model_parallel_size=pipeline,
         expert_model_parallel_size=expert,
         expert_tensor_parallel_size=expert_tensor,
@@ -131,7 +129,7 @@ def _globals() -> dict[str, Any]:
 
 @contextmanager
 def quiet_import() -> Iterator[None]:
-    """Megatron-Core warns at its import of each fused part that is missing; `tell_what_is_missing` says it in one line."""
+    """Megatron-Core warns at its import of each fused part that is missing; megatron_fused says it in one line."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield

@@ -1,9 +1,11 @@
 """moe_dist's MoE layer as a part of Megatron-Core's transformer layer, in place of its `mlp`.
 
 Megatron passes hidden states only, in [s, b, h]; what routers know of the tokens reaches the layer by a TokenRecord. Ranks of
-a tensor-parallel group hold the same tokens: all of them route all tokens, alike, and each moves and computes its share.
+a tensor-parallel group hold the same tokens: all of them route all tokens, alike, and each moves and computes its share. With
+sequence parallelism each has its share from the start, and only scores are gathered.
 
-Shape letters: S tokens of a sequence, B sequences, H hidden, T = S B tokens, U = T / tensor-parallel ranks, P pairs.
+Shape letters: S tokens of a sequence or of this rank's part of it, B sequences, H hidden, T tokens of the micro-batch,
+U = T / tensor-parallel ranks, P pairs.
 """
 
 import math
@@ -30,6 +32,7 @@ from moe_dist.layer import MoELayer
 from moe_dist.placement import ExpertMap
 from moe_dist.routing import Routing, Tokens
 from moe_dist.routing.balance import sum_over_ranks
+from moe_dist.routing.split import TokenSplit
 from moe_dist.routing.types import keep_pairs
 
 
@@ -87,7 +90,8 @@ class MegatronMoELayer(MegatronModule):
     """The module of `moe_layer_spec`; `moe` is the moe_dist.MoELayer. It fits Megatron-Core 0.16.1 and later.
 
     Megatron reads from its weights: `allreduce = False` says that the gradient of an expert is reduced over the ranks that hold
-    it, and not over the data-parallel group; `tensor_model_parallel` that every rank's values count in the gradient norm.
+    it, and not over the data-parallel group; `tensor_model_parallel` that every rank's values count in the gradient norm;
+    `sequence_parallel` that the gradients of a tensor-parallel group, each of other tokens, are summed.
     """
 
     def __init__(
@@ -112,7 +116,8 @@ class MegatronMoELayer(MegatronModule):
         several = experts_group is not None or groups.dp.size() > 1
         expert_map = options.expert_map or ExpertMap.contiguous(options.moe.num_experts, groups.ep.size())
         exchange = options.exchange
-        if groups.tp.size() > 1:
+        split = _split(groups, config)
+        if groups.tp.size() > 1 and not config.sequence_parallel:
             exchange = TensorShare(expert_map.sliced(num_slices), experts_group, groups.tp)
         self.moe = MoELayer(
             config.hidden_size,
@@ -126,7 +131,11 @@ class MegatronMoELayer(MegatronModule):
             exchange,
             options.num_chunks,
         )
+        self.moe.router.split = split
+        for parameter in self.moe.parameters():
+            parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
         for parameter in self.moe.experts.parameters():
+            parameter.sequence_parallel = False  # type: ignore[attr-defined]
             parameter.allreduce = False  # type: ignore[attr-defined]
             parameter.tensor_model_parallel = True  # type: ignore[attr-defined]
             parameter.partition_dim, parameter.partition_stride = 0, 1  # type: ignore[attr-defined]
@@ -167,9 +176,25 @@ class MegatronMoELayer(MegatronModule):
                 "routing.losses: an auxiliary loss needs the weight of each micro-batch; set `tokens` of the TokenRecord that "
                 "moe_layer_spec was given, with its share, before each forward"
             )
-        return Tokens(
-            num_sequences=len(hidden_BSH), padding_T=None if padding_BS is None else padding_BS.reshape(-1), share=0.0
-        )
+        num_sequences, split = len(hidden_BSH), self.moe.router.split
+        padding_T = None if padding_BS is None else padding_BS.reshape(-1)
+        if padding_T is not None and split is not None and padding_T.numel() == hidden_BSH[..., 0].numel():
+            # Megatron splits it on the first pipeline stage only.
+            padding_T = split.gather(padding_T[:, None].to(hidden_BSH.dtype), num_sequences).squeeze(1).bool()
+        return Tokens(num_sequences=num_sequences, padding_T=padding_T, share=0.0)
+
+
+def _split(groups: ProcessGroupCollection, config: Any) -> TokenSplit | None:
+    """Which parts of the sequences each rank has. Of 2 c chunks, context-parallel rank i of c has i and 2 c - 1 - i, so that
+    causal attention is as much work for each; sequence parallelism then cuts what a rank has into consecutive parts."""
+    context, parts = config.context_parallel_size, groups.tp.size() if config.sequence_parallel else 1
+    if context == 1:
+        return TokenSplit(groups.tp) if parts > 1 else None
+    chunks = []
+    for rank in range(context):
+        own = [chunk * parts + part for chunk in (rank, 2 * context - 1 - rank) for part in range(parts)]
+        chunks += [tuple(own[2 * part : 2 * part + 2]) for part in range(parts)]
+    return TokenSplit(groups.tp_cp if parts > 1 else groups.cp, tuple(chunks))
 
 
 def _names(losses: Any) -> list[str]:
@@ -179,16 +204,6 @@ def _names(losses: Any) -> list[str]:
 def _check(config: Any, is_mtp_layer: bool) -> None:
     if is_mtp_layer:
         raise ValueError("moe_dist's layer is not offered in a layer of multi-token prediction; use another mlp there")
-    if config.context_parallel_size > 1:
-        raise ValueError(
-            f"context_parallel_size: {config.context_parallel_size} would split the sequences over which moe_dist's routers "
-            "decide; use 1"
-        )
-    if config.sequence_parallel:
-        raise ValueError(
-            "sequence_parallel: true would give each tensor-parallel rank a part of the tokens that moe_dist's routers decide "
-            "over; use false"
-        )
     granularity, modules = config.recompute_granularity, config.recompute_modules or []
     if granularity == "full" or (granularity == "selective" and "mlp" in modules):
         raise ValueError(

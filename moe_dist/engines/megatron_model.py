@@ -1,13 +1,11 @@
 """moe_dist's transformer as a GPTModel of Megatron-Core, with parts of ours where Megatron's own do something else.
 
-Ours are the MoE layer; the norm, where TransformerEngine is not installed; attention over heads by PyTorch, which also keeps
-documents apart; and recomputation, which must not count loads twice.
+Ours are the MoE layer; the norm, where no fused one is installed; attention over heads by PyTorch, where TransformerEngine is not
+installed or documents are kept apart; and recomputation, which must not count loads twice.
 
 Shape letters: S tokens of a sequence, B sequences, N query heads, M key-value heads, D head size, H hidden.
 """
 
-from contextlib import nullcontext
-from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -15,21 +13,23 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.spec_utils import ModuleSpec
-from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
-from megatron.core.transformer.transformer_layer import TransformerLayer, get_transformer_layer_offset
+from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from moe_dist.config import Config
-from moe_dist.config.layout import moe_layers
+from moe_dist.config.layout import layers_of_stage, moe_layers
+from moe_dist.engines.megatron_fused import has_transformer_engine, rms_norm
 from moe_dist.engines.megatron_layer import LayerOptions, MegatronMoELayer, layer_spec
 
 
 def transformer_config(config: Config, autocast: bool) -> TransformerConfig:
     """Megatron's config of the model. Weights are float32; `autocast`: computed in bfloat16."""
     model, parallel = config.model, config.parallel
+    interleaved = parallel.pipeline_interleaving > 1
     return TransformerConfig(
         num_layers=model.num_layers,
         hidden_size=model.hidden_size,
@@ -59,22 +59,32 @@ def transformer_config(config: Config, autocast: bool) -> TransformerConfig:
         # The engine divides the loss itself, by the targets of the whole step: gradients are then summed over all ranks.
         calculate_per_token_loss=True,
         tensor_model_parallel_size=parallel.tensor,
+        context_parallel_size=parallel.context,
         pipeline_model_parallel_size=parallel.pipeline,
+        virtual_pipeline_model_parallel_size=parallel.pipeline_interleaving if interleaved else None,
+        # With two stages both neighbours are one rank: a batch of sends would mix up activations and gradients.
+        overlap_p2p_comm=interleaved,
+        batch_p2p_comm=not interleaved,
+        sequence_parallel=config.engine.sequence_parallel,
     )
 
 
-def build_model(config: Config, megatron: TransformerConfig, vocab_size: int, options: LayerOptions) -> GPTModel:
-    """This rank's pipeline stage, without weights but for those of the MoE layers. Inside the engine's context.
+def build_model(
+    config: Config, megatron: TransformerConfig, vocab_size: int, options: LayerOptions, chunk: int
+) -> GPTModel:
+    """A chunk of this rank's pipeline stage, without weights but for those of the MoE layers. Inside the engine's context.
 
     Args:
         vocab_size: a multiple of the tensor-parallel ranks.
+        chunk: 0 where stages are not interleaved.
     """
     from megatron.core import parallel_state
 
     with_experts, recomputed = set(moe_layers(config)), config.model.activation_checkpointing
-    first, norm = get_transformer_layer_offset(megatron), norm_of(config)
+    stage, norm = parallel_state.get_pipeline_model_parallel_rank(), rms_norm(config.engine.emulate_cuda)
+    is_last = (stage, chunk) == (config.parallel.pipeline - 1, config.parallel.pipeline_interleaving - 1)
     specs = []
-    for number in range(first, first + get_num_layers_to_build(megatron)):
+    for number in layers_of_stage(config, stage)[chunk]:
         spec = get_gpt_layer_local_spec(normalization="RMSNorm", qk_layernorm=config.model.qk_norm == "head")
         parts = spec.submodules
         parts.input_layernorm = parts.pre_mlp_layernorm = norm
@@ -91,42 +101,23 @@ def build_model(config: Config, megatron: TransformerConfig, vocab_size: int, op
         transformer_layer_spec=TransformerBlockSubmodules(layer_specs=specs, layer_norm=norm),
         vocab_size=vocab_size,
         max_sequence_length=config.training.sequence_length,
-        pre_process=parallel_state.is_pipeline_first_stage(),
-        post_process=parallel_state.is_pipeline_last_stage(),
+        pre_process=(stage, chunk) == (0, 0),
+        post_process=is_last,
         share_embeddings_and_output_weights=config.model.tie_embeddings,
         position_embedding_type="rope",
         rotary_base=config.model.rope_theta,
         pg_collection=ProcessGroupCollection.use_mpu_process_groups(),
+        vp_stage=chunk if config.parallel.pipeline_interleaving > 1 else None,
     )
-
-
-def norm_of(config: Config) -> type:
-    """TransformerEngine's norm where it is installed."""
-    if find_spec("transformer_engine") is None or config.engine.emulate_cuda:
-        return Norm
-    from megatron.core.extensions.transformer_engine import TENorm
-
-    return TENorm
 
 
 def core_attention_of(config: Config) -> type:
     """TransformerEngine's attention where it is installed; it does not take the mask of documents."""
-    if find_spec("transformer_engine") is None or config.engine.emulate_cuda or config.data.separate_documents:
+    if not has_transformer_engine() or config.engine.emulate_cuda or config.data.separate_documents:
         return CoreAttention
     from megatron.core.extensions.transformer_engine import TEDotProductAttention
 
     return TEDotProductAttention
-
-
-class Norm(nn.RMSNorm):
-    """PyTorch's RMSNorm as Megatron builds it."""
-
-    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-6, **ignored: Any) -> None:
-        super().__init__(hidden_size, eps=eps)
-
-    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Any shape [..., H]; under autocast, hidden may be bfloat16."""
-        return super().forward(hidden.to(torch.promote_types(hidden.dtype, self.weight.dtype)))
 
 
 class CoreAttention(nn.Module):
@@ -184,8 +175,3 @@ def document_mask(document_BS: torch.Tensor | None) -> torch.Tensor | None:
         return None
     same_BSS = document_BS[:, :, None] == document_BS[:, None, :]
     return ~same_BSS.tril()[:, None]
-
-
-def computing(autocast: bool, device: torch.device) -> Any:
-    """The context of a forward outside of Megatron's schedules, which enter autocast themselves."""
-    return torch.autocast(device.type, torch.bfloat16) if autocast else nullcontext()

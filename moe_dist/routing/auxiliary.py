@@ -31,6 +31,7 @@ class Evidence:
     """What the losses of one forward are computed from."""
 
     hidden_TH: Tensor
+    """Of this rank's tokens, if ranks hold parts of the sequences; all else is of all parts."""
     logits_TE: Tensor
     scores_TE: Tensor
     choice: Choice

@@ -45,10 +45,8 @@ class NoisyTopKRouter(Router):
         """See Router; with the loss on the smooth loads."""
         losses = super().losses(evidence)
         if coefficient := self.routing.losses.load.coefficient:
-            clean_TE, deviation_TE = (
-                super().logits(evidence.hidden_TH, evidence.tokens),
-                self._deviation(evidence.hidden_TH),
-            )
+            clean_TE = self.of_all(super().logits(evidence.hidden_TH, evidence.tokens), evidence.tokens)
+            deviation_TE = self.of_all(self._deviation(evidence.hidden_TH), evidence.tokens)
             load_E = smooth_load(clean_TE, evidence.logits_TE, deviation_TE, self.routing.top_k, evidence.real_T)
             losses["load"] = coefficient * squared_cv(over_ranks(load_E, evidence.tokens, self.data_parallel_group))
         return losses

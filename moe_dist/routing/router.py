@@ -25,6 +25,7 @@ from moe_dist.routing.scores import (
     router_logits,
     weights_beside,
 )
+from moe_dist.routing.split import TokenSplit
 from moe_dist.routing.types import Choice, Routing, Tokens, keep_pairs
 
 
@@ -55,6 +56,9 @@ class Router(nn.Module):
         """Whether training forwards also count the statistics of `moe_dist.routing.observation`."""
         self.tolerates_nonfinite = False
         """An engine that finds such steps by their loss sets this; otherwise a router on a CPU refuses them."""
+        self.split: TokenSplit | None = None
+        """An engine that gives each rank a part of every sequence sets this: `tokens` are then of all parts, hidden states and
+        the routing of this rank's, and gradients of the parameters are to be summed over the ranks."""
         self.balance = BalanceState(num_experts)
         loss_free.add_state(self.balance, routing, num_experts)
         auxiliary.add_state(self.balance, routing, num_experts)
@@ -90,8 +94,9 @@ class Router(nn.Module):
     def _route(self, hidden_TH: Tensor, tokens: Tokens) -> Routing:
         counts = self.balance.counts_now()
         real_T = None if tokens.padding_T is None else ~tokens.padding_T
-        hidden_TH = self._router_input(hidden_TH, tokens)
-        logits_TE = self.logits(hidden_TH, tokens)
+        own_tokens = tokens if self.split is None else self.split.own_tokens(tokens, hidden_TH)
+        hidden_TH = self._router_input(hidden_TH, own_tokens)
+        logits_TE = self.of_all(self.logits(hidden_TH, own_tokens), tokens)
         self._check_finite(logits_TE, real_T)
         scores_TE = expert_scores(logits_TE, self.routing.score)
         with torch.no_grad():
@@ -105,13 +110,13 @@ class Router(nn.Module):
             routing = dataclasses.replace(routing, losses=self.losses(evidence))
         routing = self._limited(routing, choice, final, scores_TE, tokens)
         if counts:
-            self.balance.count(routing, len(hidden_TH) if real_T is None else real_T.sum())
+            self.balance.count(routing, len(logits_TE) if real_T is None else real_T.sum())
             if self.observing:
                 detached_TE = scores_TE.detach()
                 observation.observe(
                     self.balance, detached_TE, self.selection(detached_TE), choice, self.routing, real_T
                 )
-        return routing
+        return routing if self.split is None else self.split.own_pairs(routing, tokens, hidden_TH)
 
     # The steps that methods override.
 
@@ -151,7 +156,10 @@ class Router(nn.Module):
 
     def losses(self, evidence: Evidence) -> dict[str, Tensor]:
         """Auxiliary losses, coefficients included."""
-        return auxiliary_losses(evidence, self.routing, self.balance, self.weight, self.data_parallel_group)
+        weight: Tensor | None = self.weight
+        if self.split is not None and weight is not None:
+            weight = self.split.count_once(weight)
+        return auxiliary_losses(evidence, self.routing, self.balance, weight, self.data_parallel_group)
 
     def update(self, totals: Totals, bias_rate: float) -> None:
         """After an optimiser step: let the balancer follow the loads of all ranks.
@@ -180,6 +188,10 @@ class Router(nn.Module):
             return hidden_TH
         noise_TH = uniform(self.key("jitter"), tokens.step, index_of(tokens, hidden_TH), hidden_TH.shape[1])
         return hidden_TH * (1 + jitter * (2 * noise_TH - 1)).to(hidden_TH.dtype)
+
+    def of_all(self, value_TN: Tensor, tokens: Tokens) -> Tensor:
+        """Of this rank's tokens -> of all, where ranks hold parts of the sequences."""
+        return value_TN if self.split is None else self.split.gather(value_TN, tokens.num_sequences)
 
     def key(self, purpose: str) -> int:
         """Of random numbers for this layer and purpose."""

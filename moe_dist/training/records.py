@@ -94,7 +94,9 @@ def summed_losses(engine: Engine) -> dict[str, float]:
         [sum((r.losses.get(name, zero).double() for r in engine.recorders.values()), zero) for name in names]
     )
     dist.all_reduce(totals)
-    return dict(zip(names, (totals / engine.layout.tensor).tolist(), strict=True))  # tensor ranks hold the same tokens
+    return dict(
+        zip(names, (totals / (engine.layout.copies // engine.layout.pipeline)).tolist(), strict=True)
+    )  # others compute them alike
 
 
 def load_record(engine: Engine, step: int, num_steps: int) -> dict[str, Any]:

@@ -181,6 +181,32 @@ def test_config_prints_slices_of_experts():
         assert line in lines
 
 
+def test_config_prints_tensor_parallel_groups_and_interleaved_stages():
+    engine = ["engine={name: megatron, sequence_parallel: true}", "model.num_layers=8"]
+    sizes = "parallel={tensor: 2, pipeline: 2, pipeline_interleaving: 2}"
+    lines = lines_of(run("config", "config.yaml", *engine, sizes, "--ranks", "8"))
+    for line in (
+        "16 sequences a step = 2 data-parallel ranks x micro-batch 4 x 2 accumulation steps",
+        "tensor and sequence parallel 2 [0-1] [2-3] [4-5] [6-7]",
+        "pipeline stages 2 [0-3] [4-7]",
+        "0 [0-1] [4-5]",
+        "1 [2-3] [6-7]",
+    ):
+        assert line in lines
+
+
+def test_config_prints_context_parallel_groups():
+    lines = lines_of(
+        run("config", "config.yaml", "engine.name=megatron", "parallel={context: 2, tensor: 2}", "--ranks", "8")
+    )
+    for line in (
+        "data parallel 2 [0, 4] [1, 5] [2, 6] [3, 7]",
+        "tensor parallel 2 [0-1] [2-3] [4-5] [6-7]",
+        "context parallel 2 [0, 2] [1, 3] [4, 6] [5, 7]",
+    ):
+        assert line in lines
+
+
 def test_config_abbreviates_large_layouts():
     sizes = ["parallel.expert=32", "moe.num_experts=64", "training.global_batch_size=640", "--ranks", "640"]
     lines = lines_of(run("config", "config.yaml", *sizes, "engine.sharding=replicate"))

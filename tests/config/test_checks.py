@@ -36,6 +36,68 @@ MESSAGES = [
         r"parallel\.pipeline: 3 does not divide .* = 4; use a divisor",
     ),
     (
+        ["engine.name=megatron", "parallel={pipeline: 2, pipeline_interleaving: 3}"],
+        None,
+        r"parallel\.pipeline_interleaving: 3 does not divide the 2 layers of each of 2 pipeline stages; use a divisor",
+    ),
+    (
+        ["engine.name=megatron", "parallel={pipeline: 2, pipeline_interleaving: 2}", "training.micro_batch_size=16"],
+        2,
+        r"parallel\.pipeline_interleaving: 2 needs as many micro-batches as there are pipeline stages \(2\), or a multiple, "
+        r"and a rank has 1 in a step; change training.micro_batch_size or training.global_batch_size",
+    ),
+    (
+        ["parallel.context=2"],
+        None,
+        r"parallel\.context: 2 is not offered by engine.name: native .*; use 1, or .* megatron",
+    ),
+    (
+        ["engine.name=megatron", "parallel.context=2", "data.separate_documents=true"],
+        None,
+        r"data\.separate_documents: true is not offered with parallel.context = 2, .*; use false, or parallel.context: 1",
+    ),
+    (
+        [
+            "engine={name: megatron, sequence_parallel: true}",
+            "parallel={context: 2, tensor: 2}",
+            "training.sequence_length=36",
+        ],
+        None,
+        r"parallel\.context: 2 cuts sequences into 8 parts, which do not divide training.sequence_length = 36; use a .* of 8",
+    ),
+    (
+        ["engine.name=megatron", "parallel={context: 2, tensor: 2}"],
+        6,
+        r"--ranks: 6 is not valid; .* 4 or a multiple of it, because of parallel.tensor = 2 and parallel.context = 2",
+    ),
+    (
+        ["engine.name=megatron", "parallel.pipeline_interleaving=2"],
+        None,
+        r"parallel\.pipeline_interleaving: 2 has no effect with parallel.pipeline: 1; .*",
+    ),
+    (
+        ["parallel.pipeline_interleaving=2"],
+        None,
+        r"parallel\.pipeline_interleaving: 2 is not offered by engine.name: native .*; use 1, or engine.name: megatron",
+    ),
+    (
+        ["engine.name=megatron", "engine.sequence_parallel=true"],
+        None,
+        r"engine\.sequence_parallel: true has no effect with parallel.tensor: 1; .*",
+    ),
+    (["engine.sequence_parallel=true"], None, r"engine\.sequence_parallel: true has no effect with .* native; .*"),
+    (
+        ["engine={name: megatron, sequence_parallel: true}", "parallel.tensor=2", "training.sequence_length=33"],
+        2,
+        r"engine\.sequence_parallel: parallel.tensor = 2 does not divide training.sequence_length = 33, .*, or use false",
+    ),
+    (
+        ["engine.name=megatron", "parallel={tensor: 2, expert: 2, dispatch: hierarchical}"],
+        2,
+        r"parallel\.dispatch: hierarchical is not offered with parallel.tensor = 2, .*; use flat, "
+        r"engine.sequence_parallel: true, or parallel.tensor: 1",
+    ),
+    (
         ["engine.name=megatron", "training.optimizer.name=sgd"],
         None,
         r"engine\.distributed_optimizer: true is not offered with .* sgd .*; use false, or adamw",

@@ -30,8 +30,8 @@ MESSAGES = [
     ),
     (
         {"parallel": {"data": 2}},
-        "parallel.data: unknown key; valid keys here: expert, expert_tensor, tensor, pipeline, dispatch, ranks_per_node, "
-        "overlap_chunks, expert_map",
+        "parallel.data: unknown key; valid keys here: expert, expert_tensor, tensor, context, pipeline, pipeline_interleaving, "
+        "dispatch, ranks_per_node, overlap_chunks, expert_map",
     ),
     (
         {3: 4},

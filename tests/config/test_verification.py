@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from moe_dist.config import ConfigError, load_config
+from moe_dist.config import ConfigError, layout_of, load_config
 from moe_dist.config.verification import (
     default_rows,
     layouts_for,
@@ -32,12 +32,17 @@ def path(tmp_path: Path) -> Path:
         ("native", 4, ["data", "expert=2", "expert=4", "expert_tensor=2", "expert_tensor=2,expert=2"]),
         ("native", 8, ["data", "expert=2", "expert=4", "expert=8", "expert_tensor=2", "expert_tensor=2,expert=2"]),
         ("deepspeed", 2, ["data", "expert=2"]),
-        ("megatron", 2, ["data", "expert=2", "expert_tensor=2", "tensor=2", "pipeline=2"]),
+        (
+            "megatron",
+            2,
+            ["data", "expert=2", "expert_tensor=2", "tensor=2", "pipeline=2", "pipeline=2,pipeline_interleaving=2"],
+        ),
         (
             "megatron",
             4,
             [
                 *("data", "expert=2", "expert=4", "expert_tensor=2", "tensor=2", "pipeline=2"),
+                "pipeline=2,pipeline_interleaving=2",
                 *("expert_tensor=2,expert=2", "tensor=2,expert=2"),
             ],
         ),
@@ -69,10 +74,23 @@ def test_megatron_is_emulated_without_gpus_only() -> None:
         assert [row.overrides for row in rows] == [
             (
                 "parallel={tensor: 2, expert: 2}",
-                f"engine={{name: megatron, distributed_optimizer: {value}{emulated}}}",
+                f"engine={{name: megatron, {variant}{emulated}}}",
             )
-            for value in ("false", "true")
+            for variant in ("distributed_optimizer: false", "distributed_optimizer: true", "sequence_parallel: true")
         ]
+
+
+def test_sequence_parallelism_is_tried_with_tensor_parallelism_only() -> None:
+    rows = default_rows(2, ["megatron"], ["data", "expert=2"], on_gpu=False)
+    assert {row.variant for row in rows} == {"distributed_optimizer=false", "distributed_optimizer=true"}
+
+
+def test_interleaved_stages_get_a_micro_batch_each(path: Path) -> None:
+    rows = default_rows(2, ["megatron"], ["pipeline=2", "pipeline=2,pipeline_interleaving=2"], on_gpu=False)
+    cases = load_cases(path, [], 20, 2, rows)
+    assert all(case.config is not None for case in cases), cases
+    steps = [layout_of(case.config, 2).accumulation_steps for case in cases if case.config is not None]
+    assert steps == [1, 1, 2, 2]
 
 
 def test_the_layout_of_the_config_comes_first_and_what_means_the_same_is_not_run_twice(path: Path) -> None:
@@ -143,7 +161,8 @@ def test_what_depends_on_the_layout_is_refused(path: Path) -> None:
 @pytest.mark.parametrize("layout", ["experts=2", "expert", "expert=0", "expert=x", "", "data,expert=2"])
 def test_a_layout_that_is_none(layout: str) -> None:
     with pytest.raises(
-        ConfigError, match="valid are data, or sizes of expert, expert_tensor, tensor, pipeline, such as"
+        ConfigError,
+        match="valid are data, or sizes of expert, expert_tensor, tensor, context, pipeline, pipeline_interleaving, such as",
     ):
         parse_layout(layout)
 

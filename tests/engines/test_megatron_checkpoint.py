@@ -39,6 +39,7 @@ def run(tree: Tree, folder: Path, first: int) -> tuple[list[float], dict[str, np
         ("2 ranks, expert 2", "native", FLOAT32),
         ("native", "2 ranks, tensor 2, expert 2", FLOAT32),
         ("2 ranks, pipeline 2, whole, recomputed", "2 ranks, slices 2", FLOAT32),
+        ("2 ranks, interleaved, whole, recomputed", "2 ranks, tensor 2, expert 2, sequence", FLOAT32),
         ("native", "2 ranks, expert 2, whole, accumulated", changed(FLOAT32, SGD)),
     ],
 )
