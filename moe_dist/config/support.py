@@ -47,3 +47,12 @@ def require_package(engine: str) -> None:
             f"engine.name: {engine} needs the package {package}, which is not installed; "
             f"install it by `pip install {package}`, or use engine.name: native"
         )
+
+
+def cannot_import(engine: str, error: ImportError) -> ImportError:
+    """What a script is told that imports the module of an engine whose package is not there."""
+    package = PACKAGES[engine][1]
+    return ImportError(
+        f"moe_dist.engines.{engine} needs the package {package}, which cannot be imported ({error}); install it by "
+        f"`pip install {package}`"
+    )

@@ -12,9 +12,15 @@ from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import Any
 
+from moe_dist.config.support import cannot_import
+
+try:
+    from megatron.core import parallel_state
+except ModuleNotFoundError as error:
+    raise cannot_import("megatron", error) from None
+
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state
 from megatron.core.distributed import (
     DistributedDataParallel,
     DistributedDataParallelConfig,
@@ -148,8 +154,9 @@ class MegatronEngine(Engine):
 
     def drop_gradients(self) -> None:
         """See Engine."""
-        self.chunk.zero_grad_buffer()
-        self.optimizer.zero_grad()
+        with self.inside():  # without what PyTorch says of gradients of shards, which Megatron looks at
+            self.chunk.zero_grad_buffer()
+            self.optimizer.zero_grad()
 
     def loss(self, batch: Batch, share: float, step: int = 0) -> torch.Tensor:
         """See Engine."""

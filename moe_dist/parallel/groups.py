@@ -73,12 +73,8 @@ def _build_groups(
 def process_group(environment: Environment) -> Iterator[torch.device]:
     """The default process group for the time of the block: NCCL with a CUDA device for every rank, else gloo."""
     _divide_cores(environment)
-    num_devices = torch.cuda.device_count()
-    if num_devices >= environment.local_num_ranks or (
-        num_devices == 1 and environment.launcher in ("slurm", "openmpi")
-    ):
-        # A scheduler may show each rank its own device only.
-        device = torch.device("cuda", environment.local_rank if num_devices > 1 else 0)
+    if device_type(environment) == "cuda":
+        device = torch.device("cuda", environment.local_rank if torch.cuda.device_count() > 1 else 0)
         torch.cuda.set_device(device)
         backend = "cpu:gloo,cuda:nccl"
     else:
@@ -91,6 +87,13 @@ def process_group(environment: Environment) -> Iterator[torch.device]:
     yield device
     # Only in good order: after a failure this would wait for ranks that wait for this one.
     dist.destroy_process_group()
+
+
+def device_type(environment: Environment) -> str:
+    """What each rank of this machine runs on: `cuda` if there is a device for all of them, else `cpu`."""
+    num_devices = torch.cuda.device_count()
+    shown_its_own = num_devices == 1 and environment.launcher in ("slurm", "openmpi")  # each rank sees one only
+    return "cuda" if num_devices >= environment.local_num_ranks or shown_its_own else "cpu"
 
 
 def _divide_cores(environment: Environment) -> None:

@@ -4,13 +4,13 @@ import math
 import os
 from functools import cache
 from importlib.util import find_spec
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
 from tests.engines.test_equality import RECIPES, micro_batches_of
+from tests.support.continuation import differing
 from tests.support.distributed import run_ranks
 from tests.support.equality import (
     Trace,
@@ -117,21 +117,11 @@ def test_deepspeed_trains_the_same(recipe: str, name: str, num_steps: int) -> No
 # Steps that are skipped.
 
 
-def snapshot(engine: Any) -> dict[str, np.ndarray]:
-    """Weights, moments, biases and the number of updates of this rank by global name; collective."""
-    return whole(engine.state())
-
-
-def differing(actual: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> list[str]:
-    assert actual.keys() == expected.keys()
-    return [name for name, value in expected.items() if not np.array_equal(actual[name], value)]
-
-
 def with_a_skipped_step(tree: Tree, spoilt: str) -> tuple[list[float], list[str], bool]:
     """Two good steps, one whose loss or gradient is not finite on the last rank, the same again without the fault."""
     engine, data = build_engine(tree)
     losses = [train_step(engine, data, step).loss for step in range(2)]
-    before = snapshot(engine)
+    before = whole(engine.state())
     handle = None
     if engine.data_rank == engine.layout.data - 1:
         norm = engine.parts()["norm"]
@@ -142,7 +132,7 @@ def with_a_skipped_step(tree: Tree, spoilt: str) -> tuple[list[float], list[str]
     result = train_step(engine, data, 2)
     if handle:
         handle.remove()
-    changes = differing(snapshot(engine), before)
+    changes = differing(whole(engine.state()), before)
     losses += [train_step(engine, data, step).loss for step in (2, 3)]
     return losses, changes, result.skipped
 
