@@ -9,15 +9,18 @@ import numpy as np
 import pytest
 import torch
 
-from tests.engines.test_equality import RECIPES, micro_batches_of
+from tests.engines.test_equality import RECIPES
 from tests.support.continuation import differing
 from tests.support.distributed import run_ranks
 from tests.support.equality import (
+    RECOMPUTED,
     Trace,
     Tree,
     build_engine,
     changed,
     differences,
+    expanded,
+    micro_batches_of,
     trace,
     train_step,
     whole,
@@ -27,7 +30,6 @@ os.environ.setdefault("DS_ACCELERATOR", "cpu")  # read when deepspeed is importe
 if find_spec("deepspeed") is None:
     pytest.skip("deepspeed is not installed", allow_module_level=True)
 
-RECOMPUTED = {"model": {"activation_checkpointing": "all"}}
 OFFLOADED = {"engine": {"deepspeed": {"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}}}
 NODES_OF_ONE = {"parallel": {"dispatch": "hierarchical", "ranks_per_node": 1}}
 CHUNKED = {"parallel": {"overlap_chunks": 2}}
@@ -103,10 +105,7 @@ def reference(recipe: str) -> Trace:
     return trace(RECIPES[recipe], 1, 20, (0,))
 
 
-@pytest.mark.parametrize(
-    ("recipe", "name", "num_steps"),
-    [(recipe, name, num_steps) for recipe, layouts in CASES.items() for name, num_steps in layouts.items()],
-)
+@pytest.mark.parametrize(("recipe", "name", "num_steps"), expanded(CASES))
 def test_deepspeed_trains_the_same(recipe: str, name: str, num_steps: int) -> None:
     num_ranks, changes = LAYOUTS[name]
     result = trace(changed(RECIPES[recipe], changes), num_ranks, num_steps, (0,))

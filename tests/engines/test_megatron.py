@@ -9,7 +9,19 @@ from functools import cache
 import pytest
 
 from moe_dist.config import build_config, layout_dependence, layout_of
-from tests.support.equality import BASE, Trace, Tree, changed, differences, differing_losses, trace
+from tests.support.equality import (
+    BASE,
+    PADDED,
+    RECOMPUTED,
+    Trace,
+    Tree,
+    changed,
+    differences,
+    differing_losses,
+    expanded,
+    micro_batches_of,
+    trace,
+)
 
 pytest.importorskip("megatron.core")
 
@@ -22,24 +34,20 @@ SGD = {
     "training": {"optimizer": {"name": "sgd", "learning_rate": 0.3, "max_grad_norm": None, "momentum": 0.5}},
     "model": {"tie_embeddings": False},
 }
-PADDED = {"routing": {"capacity": {"factor": 0.9, "policy": "weight", "pad": True}}}
+
+SCHEDULED = {"training": {"steps": 20, "schedule": {"name": "cosine", "warmup_steps": 3, "final_fraction": 0.1}}}
 
 RECIPES: dict[str, Tree] = {
     "adamw": FLOAT32,
     "sgd": changed(FLOAT32, SGD),  # with WHOLE: Megatron distributes Adam only
     "adamw, padded capacity": changed(FLOAT32, PADDED),
+    "adamw, warm-up and cosine": changed(FLOAT32, SCHEDULED),
 }
 
 
 def parallel(**sizes: object) -> Tree:
     return {"parallel": sizes}
 
-
-def micro_batches_of(sequences: int) -> Tree:
-    return {"training": {"micro_batch_size": sequences}}
-
-
-RECOMPUTED = {"model": {"activation_checkpointing": "all"}}
 
 LAYOUTS: dict[str, tuple[int, Tree]] = {
     "1 rank, accumulated, recomputed": (1, changed(micro_batches_of(2), RECOMPUTED)),
@@ -60,21 +68,46 @@ LAYOUTS: dict[str, tuple[int, Tree]] = {
     ),
     "4 ranks, tensor 2, expert 2": (4, parallel(tensor=2, expert=2)),
     "4 ranks, tensor 2, expert 2, whole": (4, changed(parallel(tensor=2, expert=2), WHOLE)),
+    "4 ranks, data, whole": (4, WHOLE),
+    "4 ranks, expert 2, whole": (4, changed(parallel(expert=2), WHOLE)),
+    "4 ranks, expert 4, whole": (4, changed(parallel(expert=4), WHOLE, micro_batches_of(1))),
+    "4 ranks, expert 2, slices 2, whole": (4, changed(parallel(expert=2, expert_tensor=2), WHOLE)),
+    "4 ranks, tensor 2, slices 2, whole": (4, changed(parallel(tensor=2, expert_tensor=2), WHOLE)),
+    "4 ranks, pipeline 2, tensor 2, whole": (
+        4,
+        changed(parallel(pipeline=2, tensor=2, expert=2), WHOLE, micro_batches_of(2)),
+    ),
     "4 ranks, tensor 2, expert 4": (4, changed(parallel(tensor=2, expert=4), micro_batches_of(1))),
     "4 ranks, expert 2, slices 2": (4, parallel(expert=2, expert_tensor=2)),
     "4 ranks, pipeline 2, expert 2": (4, changed(parallel(pipeline=2, expert=2), micro_batches_of(1))),
 }
 
 CASES: dict[str, dict[str, int]] = {
-    "adamw": dict.fromkeys(LAYOUTS, 3) | {"2 ranks, expert 2": 20, "4 ranks, tensor 2, expert 2": 20},
+    "adamw": dict.fromkeys(LAYOUTS, 3)
+    | dict.fromkeys(["2 ranks, expert 2", "4 ranks, tensor 2, expert 2", "4 ranks, tensor 2, expert 2, whole"], 20),
     "sgd": {
         "2 ranks, data, whole": 3,
         "2 ranks, expert 2, whole, accumulated": 20,
         "2 ranks, slices 2, whole": 3,
         "2 ranks, tensor 2, whole": 20,
         "2 ranks, pipeline 2, whole, recomputed": 20,
+        "4 ranks, tensor 2, expert 2, whole": 20,
+        "4 ranks, expert 2, slices 2, whole": 3,
     },
-    "adamw, padded capacity": {"2 ranks, tensor 2, expert 2": 3, "2 ranks, expert 2": 3},
+    "adamw, padded capacity": dict.fromkeys(
+        [
+            "2 ranks, data",
+            "2 ranks, expert 2",
+            "2 ranks, expert 2, whole, accumulated",
+            "2 ranks, slices 2",
+            "2 ranks, tensor 2, expert 2",
+            "2 ranks, pipeline 2",
+            "4 ranks, tensor 2, expert 2, whole",
+            "4 ranks, expert 2, slices 2",
+        ],
+        3,
+    ),
+    "adamw, warm-up and cosine": {"2 ranks, expert 2": 20, "2 ranks, tensor 2, whole": 20},
 }
 
 
@@ -84,10 +117,7 @@ def reference(recipe: str) -> Trace:
     return trace(RECIPES[recipe], 1, 20, (0,))
 
 
-@pytest.mark.parametrize(
-    ("recipe", "name", "num_steps"),
-    [(recipe, name, num_steps) for recipe, layouts in CASES.items() for name, num_steps in layouts.items()],
-)
+@pytest.mark.parametrize(("recipe", "name", "num_steps"), expanded(CASES))
 def test_every_layout_trains_as_native_does(recipe: str, name: str, num_steps: int) -> None:
     num_ranks, changes = LAYOUTS[name]
     config = build_config(changed(RECIPES[recipe], changes, MEGATRON), num_ranks)
