@@ -13,18 +13,19 @@ from functools import lru_cache
 from importlib.util import find_spec
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
 from moe_dist.config import Config, ConfigError
 from moe_dist.engines.cuda_on_cpu import cuda_on_cpu
 
 
-def check_megatron(config: Config, device_type: str) -> None:
+def check_megatron(config: Config, device: torch.device) -> None:
     """Raise ConfigError if there is no CUDA device and none is to be emulated, or the reverse."""
     emulate = config.engine.emulate_cuda
-    if emulate and device_type == "cuda":
+    if emulate and device.type == "cuda":
         raise ConfigError("engine.emulate_cuda: true is for machines without CUDA, and this one has it; leave it out")
-    if not emulate and device_type != "cuda":
+    if not emulate and device.type != "cuda":
         raise ConfigError(
             "engine.name: megatron needs CUDA devices, and there is none for each rank; set engine.emulate_cuda: true to try "
             "it on CPUs, or use engine.name: native"

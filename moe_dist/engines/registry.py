@@ -11,15 +11,11 @@ from moe_dist.engines.megatron_groups import check_megatron, quiet_import
 from moe_dist.engines.native import NativeEngine
 
 
-def check_engine(config: Config, device_type: str) -> None:
-    """Raise ConfigError if what the engine needs is not installed or not there.
-
-    Args:
-        device_type: `cuda` or `cpu`, on which each rank will run.
-    """
+def check_engine(config: Config, device: torch.device) -> None:
+    """Raise ConfigError if what the engine needs is not installed, or `device` is not what it runs on."""
     require_package(config.engine.name)
     if config.engine.name == "megatron":
-        check_megatron(config, device_type)
+        check_megatron(config, device)
 
 
 def build_engine(config: Config, layout: Layout, device: torch.device, vocab_size: int) -> Engine:
@@ -27,7 +23,7 @@ def build_engine(config: Config, layout: Layout, device: torch.device, vocab_siz
 
     Raises ConfigError if what it needs is not installed or not there.
     """
-    check_engine(config, device.type)
+    check_engine(config, device)
     if config.engine.name == "deepspeed":
         os.environ.setdefault("DS_ACCELERATOR", device.type)  # read when deepspeed is imported
         from moe_dist.engines.deepspeed import DeepSpeedEngine
