@@ -133,6 +133,9 @@ def verify(
     names, tried = parse_engines(engines), layouts.split() if layouts else None
     for layout in tried or ():
         parse_layout(layout)
+    if engines and read_environment().launcher == "single":
+        for name in names:  # of those that nobody named, the table says why they are not run
+            require_package(name)
     checked = load_reference(config, overrides or [], steps)
     check_documents(checked)
     from moe_dist.cli.verify import Request, run  # imports torch

@@ -2,6 +2,7 @@
 
 import os
 import signal
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -10,8 +11,9 @@ import torch.distributed as dist
 from moe_dist.cli.ranks import as_rank, check_same_text, launch
 from moe_dist.config import Config, ConfigError, layout_of, load_config
 from moe_dist.config.layout import fewest_ranks
+from moe_dist.engines.registry import check_engine
 from moe_dist.parallel.environment import Environment, read_environment
-from moe_dist.parallel.groups import process_group
+from moe_dist.parallel.groups import device_of, process_group
 from moe_dist.parallel.memory import keep_freed_memory
 from moe_dist.training.data import TextData
 from moe_dist.training.folder import RunFolder, default_output, open_folder
@@ -24,12 +26,14 @@ def train(path: Path, overrides: list[str], num_ranks: int | None, output: Path 
     environment = read_environment()
     if environment.launcher != "single":
         config = load_config(path, overrides, environment.num_ranks)
+        check_engine(config, device_of(environment))
         return as_rank(environment, lambda: _train_rank(config, path, output, resume, environment))
     assert output is not None
     config = load_config(path, overrides, num_ranks)
     fewest = fewest_ranks(config)
     num_ranks = num_ranks or fewest * max(1, torch.cuda.device_count() // fewest)
     config = load_config(path, overrides, num_ranks)
+    check_engine(config, device_of(replace(environment, local_num_ranks=num_ranks)))
     if num_ranks == 1:
         return as_rank(environment, lambda: _train_rank(config, path, output, resume, environment))
     if not resume:  # a resumed run begins by saying from where

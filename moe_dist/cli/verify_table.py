@@ -31,9 +31,15 @@ def show(outcomes: list[Outcome]) -> None:
         table.add_row(row.engine, layout, *figures, gradient.name if gradient else "", _word(outcome))
     console.print()
     console.print(table)
+    not_run: dict[str, list[str]] = {}
     for outcome in outcomes:
-        for line in _remarks(outcome):
+        if outcome.verdict is None:
+            not_run.setdefault(outcome.reason, []).append(str(outcome.case.row))
+            continue
+        for line in _remarks(outcome.verdict):
             console.print(f"{outcome.case.row}: {line}", soft_wrap=True)
+    for reason, rows in not_run.items():  # one may hold for all rows of an engine: told once
+        console.print(f"{'; '.join(rows)}: not run: {reason}", soft_wrap=True)
 
 
 def conclude(outcomes: list[Outcome]) -> None:
@@ -101,9 +107,7 @@ def _word(outcome: Outcome) -> str:
     return "same, but for a flip" if outcome.verdict.flips else "same"
 
 
-def _remarks(outcome: Outcome) -> list[str]:
-    if outcome.verdict is None:
-        return [f"not run: {outcome.reason}"]
-    failures, flips = outcome.verdict.failures, outcome.verdict.flips
+def _remarks(verdict: Verdict) -> list[str]:
+    failures, flips = verdict.failures, verdict.flips
     more = [f"and {len(failures) - MOST_FAILURES} more differences"] if len(failures) > MOST_FAILURES else []
     return [*failures[:MOST_FAILURES], *more, *(f"routing flip at {flip}" for flip in flips)]

@@ -55,6 +55,15 @@ def engines_offering(key: str) -> list[str]:
     return [engine for engine in ENGINES if not SUPPORT[key][engine]]
 
 
+def cannot_import(engine: str, error: ImportError) -> ImportError:
+    """What a script is told that imports the module of an engine whose package is not there."""
+    package = PACKAGES[engine][1]
+    return ImportError(
+        f"moe_dist.engines.{engine} needs the package {package}, which cannot be imported ({error}); install it by "
+        f"`pip install {package}`"
+    )
+
+
 def require_package(engine: str) -> None:
     """Raise ConfigError if what an engine needs is not installed. Imports no more than the package's parent."""
     if engine not in PACKAGES:

@@ -12,7 +12,13 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-import deepspeed
+from moe_dist.config.support import cannot_import
+
+try:
+    import deepspeed
+except ModuleNotFoundError as error:
+    raise cannot_import("deepspeed", error) from None
+
 import torch
 import torch.distributed as dist
 from deepspeed.runtime.utils import combine_grad_norm_groups

@@ -12,9 +12,15 @@ from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import Any
 
+from moe_dist.config.support import cannot_import
+
+try:
+    from megatron.core import parallel_state
+except ModuleNotFoundError as error:
+    raise cannot_import("megatron", error) from None
+
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state
 from megatron.core.distributed import (
     DistributedDataParallel,
     DistributedDataParallelConfig,
@@ -163,9 +169,10 @@ class MegatronEngine(Engine):
 
     def drop_gradients(self) -> None:
         """See Engine."""
-        for chunk in self.chunks:
-            chunk.zero_grad_buffer()
-        self.optimizer.zero_grad()
+        with self.inside():  # without what PyTorch says of gradients of shards, which Megatron looks at
+            for chunk in self.chunks:
+                chunk.zero_grad_buffer()
+            self.optimizer.zero_grad()
 
     def loss(self, batch: Batch, share: float, step: int = 0) -> torch.Tensor:
         """See Engine. Without gradients: Megatron's interleaved schedule does not take a single micro-batch."""

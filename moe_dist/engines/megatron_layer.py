@@ -28,6 +28,7 @@ from torch import nn
 from moe_dist.config.routing import RoutingConfig
 from moe_dist.config.schema import MoEConfig
 from moe_dist.dispatch.exchange import Exchange
+from moe_dist.engines.megatron_sharded import Offsets, sharded_layer
 from moe_dist.layer import MoELayer
 from moe_dist.placement import ExpertMap
 from moe_dist.routing import Routing, Tokens
@@ -111,6 +112,7 @@ class MegatronMoELayer(MegatronModule):
         _check(config, is_mtp_layer)
         groups = pg_collection or ProcessGroupCollection.use_mpu_process_groups()
         self.options, self.data_group = options, groups.dp
+        self.tensor_group, self.expert_data_group = groups.tp, groups.expt_dp
         num_slices = groups.expt_tp.size()
         experts_group = groups.tp_ep if groups.tp_ep.size() > 1 else None
         several = experts_group is not None or groups.dp.size() > 1
@@ -165,6 +167,13 @@ class MegatronMoELayer(MegatronModule):
         hidden_BSH = hidden.transpose(0, 1)
         out_BSH = self.moe(hidden_BSH, self._tokens(hidden_BSH, padding_mask))
         return out_BSH.transpose(0, 1).contiguous(), None
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: Offsets = (), metadata: dict[str, Any] | None = None
+    ) -> dict[str, Any]:
+        """For megatron.core.dist_checkpointing: a checkpoint may be read with other ranks for the experts."""
+        groups = self.tensor_group, self.expert_data_group
+        return sharded_layer(self.moe, f"{prefix}moe.", sharded_offsets, *groups, metadata)
 
     def _tokens(self, hidden_BSH: torch.Tensor, padding_BS: torch.Tensor | None) -> Tokens:
         tokens = self.options.record.tokens

@@ -73,16 +73,10 @@ def _build_groups(
 def process_group(environment: Environment) -> Iterator[torch.device]:
     """The default process group for the time of the block: NCCL with a CUDA device for every rank, else gloo."""
     _divide_cores(environment)
-    num_devices = torch.cuda.device_count()
-    if num_devices >= environment.local_num_ranks or (
-        num_devices == 1 and environment.launcher in ("slurm", "openmpi")
-    ):
-        # A scheduler may show each rank its own device only.
-        device = torch.device("cuda", environment.local_rank if num_devices > 1 else 0)
+    device = device_of(environment)
+    if device.type == "cuda":
         torch.cuda.set_device(device)
-        backend = "cpu:gloo,cuda:nccl"
-    else:
-        device, backend = torch.device("cpu"), "gloo"
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     if environment.launcher == "single":
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     else:
@@ -91,6 +85,17 @@ def process_group(environment: Environment) -> Iterator[torch.device]:
     yield device
     # Only in good order: after a failure this would wait for ranks that wait for this one.
     dist.destroy_process_group()
+
+
+def device_of(environment: Environment) -> torch.device:
+    """What this rank runs on: a CUDA device if there is one for every rank of this machine, else the CPU."""
+    num_devices = torch.cuda.device_count()
+    if num_devices >= environment.local_num_ranks or (
+        num_devices == 1 and environment.launcher in ("slurm", "openmpi")
+    ):
+        # A scheduler may show each rank its own device only.
+        return torch.device("cuda", environment.local_rank if num_devices > 1 else 0)
+    return torch.device("cpu")
 
 
 def _divide_cores(environment: Environment) -> None:

@@ -4,20 +4,23 @@ import math
 import os
 from functools import cache
 from importlib.util import find_spec
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from tests.engines.test_equality import RECIPES, micro_batches_of
+from tests.engines.test_equality import RECIPES
+from tests.support.continuation import differing
 from tests.support.distributed import run_ranks
 from tests.support.equality import (
+    RECOMPUTED,
     Trace,
     Tree,
     build_engine,
     changed,
     differences,
+    expanded,
+    micro_batches_of,
     trace,
     train_step,
     whole,
@@ -27,7 +30,6 @@ os.environ.setdefault("DS_ACCELERATOR", "cpu")  # read when deepspeed is importe
 if find_spec("deepspeed") is None:
     pytest.skip("deepspeed is not installed", allow_module_level=True)
 
-RECOMPUTED = {"model": {"activation_checkpointing": "all"}}
 OFFLOADED = {"engine": {"deepspeed": {"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}}}
 NODES_OF_ONE = {"parallel": {"dispatch": "hierarchical", "ranks_per_node": 1}}
 CHUNKED = {"parallel": {"overlap_chunks": 2}}
@@ -103,10 +105,7 @@ def reference(recipe: str) -> Trace:
     return trace(RECIPES[recipe], 1, 20, (0,))
 
 
-@pytest.mark.parametrize(
-    ("recipe", "name", "num_steps"),
-    [(recipe, name, num_steps) for recipe, layouts in CASES.items() for name, num_steps in layouts.items()],
-)
+@pytest.mark.parametrize(("recipe", "name", "num_steps"), expanded(CASES))
 def test_deepspeed_trains_the_same(recipe: str, name: str, num_steps: int) -> None:
     num_ranks, changes = LAYOUTS[name]
     result = trace(changed(RECIPES[recipe], changes), num_ranks, num_steps, (0,))
@@ -117,21 +116,11 @@ def test_deepspeed_trains_the_same(recipe: str, name: str, num_steps: int) -> No
 # Steps that are skipped.
 
 
-def snapshot(engine: Any) -> dict[str, np.ndarray]:
-    """Weights, moments, biases and the number of updates of this rank by global name; collective."""
-    return whole(engine.state())
-
-
-def differing(actual: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> list[str]:
-    assert actual.keys() == expected.keys()
-    return [name for name, value in expected.items() if not np.array_equal(actual[name], value)]
-
-
 def with_a_skipped_step(tree: Tree, spoilt: str) -> tuple[list[float], list[str], bool]:
     """Two good steps, one whose loss or gradient is not finite on the last rank, the same again without the fault."""
     engine, data = build_engine(tree)
     losses = [train_step(engine, data, step).loss for step in range(2)]
-    before = snapshot(engine)
+    before = whole(engine.state())
     handle = None
     if engine.data_rank == engine.layout.data - 1:
         norm = engine.parts()["norm"]
@@ -142,7 +131,7 @@ def with_a_skipped_step(tree: Tree, spoilt: str) -> tuple[list[float], list[str]
     result = train_step(engine, data, 2)
     if handle:
         handle.remove()
-    changes = differing(snapshot(engine), before)
+    changes = differing(whole(engine.state()), before)
     losses += [train_step(engine, data, step).loss for step in (2, 3)]
     return losses, changes, result.skipped
 

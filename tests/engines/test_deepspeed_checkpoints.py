@@ -7,13 +7,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from moe_dist.training.checkpoint import load_checkpoint, save_checkpoint
-from tests.engines.test_deepspeed import LAYOUTS, differing, on_deepspeed, snapshot
+from tests.engines.test_deepspeed import LAYOUTS, on_deepspeed
 from tests.engines.test_equality import RECIPES, SGD
+from tests.support.continuation import State, differing, go_on
 from tests.support.distributed import run_ranks
 from tests.support.equality import Tree, build_engine, changed, train_step
-
-State = dict[str, np.ndarray]
 
 ADAMW = RECIPES["adamw, float32"]
 MOMENTUM = changed(ADAMW, SGD, {"training": {"optimizer": {"momentum": 0.9, "learning_rate": 0.03}}})
@@ -43,39 +41,22 @@ CHAINS: dict[str, tuple[Tree, list[tuple[int, Tree]]]] = {
 }
 
 
-def go_on(tree: Tree, checkpoint: Path | None, steps: range, folder: Path) -> tuple[list[float], State, State, Path]:
-    """Train these steps, after a checkpoint if there is one; losses, the states before and after, the next checkpoint."""
-    engine, data = build_engine(tree)
-    if checkpoint is not None:
-        assert load_checkpoint(checkpoint, engine) == steps.start
-    before = snapshot(engine)
-    losses = [train_step(engine, data, step).loss for step in steps]
-    return losses, before, snapshot(engine), save_checkpoint(folder, engine, engine.config, steps.stop)
-
-
-def gathered(states: list[State]) -> State:
-    """Of all ranks together."""
-    return {name: value for state in states for name, value in state.items()}
-
-
 @pytest.mark.parametrize("name", CHAINS)
 def test_a_run_goes_on_from_engine_to_engine(name: str, tmp_path: Path) -> None:
     recipe, links = CHAINS[name]
     length, checkpoint = 4, None
-    ((expected, *_),) = run_ranks(1, go_on, recipe, None, range(length * len(links)), tmp_path / "whole")
-    assert abs(expected[0] - expected[-1]) > 0.1
-    before: list[State] = []
-    after: list[State] = []
+    undisturbed = go_on(1, recipe, None, range(length * len(links)), tmp_path / "whole")
+    assert abs(undisturbed.losses[0] - undisturbed.losses[-1]) > 0.1
+    stretches = []
     for place, (num_ranks, changes) in enumerate(links):
         steps = range(place * length, (place + 1) * length)
-        results = run_ranks(num_ranks, go_on, changed(recipe, changes), checkpoint, steps, tmp_path / str(place))
-        for losses, *_ in results:
-            assert losses == pytest.approx(expected[steps.start : steps.stop], abs=1e-4)
-        before.append(gathered([result[1] for result in results]))
-        after.append(gathered([result[2] for result in results]))
-        checkpoint = results[0][3]
-    for written, read in itertools.pairwise(zip(before, after, strict=True)):
-        assert differing(read[0], written[1]) == []
+        stretch = go_on(num_ranks, changed(recipe, changes), checkpoint, steps, tmp_path / str(place))
+        assert stretch.losses == pytest.approx(undisturbed.losses[steps.start : steps.stop], abs=1e-4)
+        assert np.array_equal(stretch.samples, undisturbed.samples[steps.start : steps.stop])
+        stretches.append(stretch)
+        checkpoint = stretch.checkpoint
+    for written, read in itertools.pairwise(stretches):
+        assert differing(read.before, written.after) == []
 
 
 # DeepSpeed's own checkpoints.

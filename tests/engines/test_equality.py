@@ -13,12 +13,16 @@ import torch
 from moe_dist.config import build_config, layout_dependence, layout_of
 from tests.support.equality import (
     BASE,
+    PADDED,
+    RECOMPUTED,
     SyntheticData,
     Trace,
     Tree,
     changed,
     differences,
     differing_losses,
+    expanded,
+    micro_batches_of,
     trace,
 )
 
@@ -29,7 +33,6 @@ SGD = {
 }
 FLOAT32 = {"training": {"precision": "float32"}}
 PACKED = {"routing": {"capacity": {"factor": 0.9, "renormalise": True}}}
-PADDED = {"routing": {"capacity": {"factor": 0.9, "policy": "weight", "pad": True}}}
 
 PLAIN = {"bias": {"rule": "none"}, "losses": {"load_balance": {"coefficient": 0}}}
 
@@ -83,13 +86,8 @@ def layout(
 
 
 FULL = {"engine": {"sharding": "full"}}
-RECOMPUTED = {"model": {"activation_checkpointing": "all"}}
 TWO_NODES = {"parallel": {"dispatch": "hierarchical", "ranks_per_node": 2}}
 NODES_OF_ONE = {"parallel": {"dispatch": "hierarchical", "ranks_per_node": 1}}
-
-
-def micro_batches_of(sequences: int) -> Tree:
-    return {"training": {"micro_batch_size": sequences}}
 
 
 LAYOUTS: dict[str, tuple[int, Tree]] = {
@@ -226,10 +224,7 @@ def reference(recipe: str) -> Trace:
     return trace(RECIPES[recipe], 1, 3 if recipe in ROUTED else 20, GRADIENTS_AT)
 
 
-@pytest.mark.parametrize(
-    ("recipe", "name", "num_steps"),
-    [(recipe, name, num_steps) for recipe, layouts in CASES.items() for name, num_steps in layouts.items()],
-)
+@pytest.mark.parametrize(("recipe", "name", "num_steps"), expanded(CASES))
 def test_every_layout_trains_the_same(recipe: str, name: str, num_steps: int) -> None:
     num_ranks, changes = LAYOUTS[name]
     tree, exact = changed(RECIPES[recipe], changes), "float32" not in recipe

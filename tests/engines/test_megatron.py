@@ -13,7 +13,20 @@ import pytest
 
 from moe_dist.config import build_config, layout_dependence, layout_of
 from tests.support.distributed import run_ranks
-from tests.support.equality import BASE, Trace, Tree, build_engine, changed, differences, differing_losses, trace
+from tests.support.equality import (
+    BASE,
+    PADDED,
+    RECOMPUTED,
+    Trace,
+    Tree,
+    build_engine,
+    changed,
+    differences,
+    differing_losses,
+    expanded,
+    micro_batches_of,
+    trace,
+)
 
 pytest.importorskip("megatron.core")
 
@@ -26,12 +39,14 @@ SGD = {
     "training": {"optimizer": {"name": "sgd", "learning_rate": 0.3, "max_grad_norm": None, "momentum": 0.5}},
     "model": {"tie_embeddings": False},
 }
-PADDED = {"routing": {"capacity": {"factor": 0.9, "policy": "weight", "pad": True}}}
+
+SCHEDULED = {"training": {"steps": 20, "schedule": {"name": "cosine", "warmup_steps": 3, "final_fraction": 0.1}}}
 
 RECIPES: dict[str, Tree] = {
     "adamw": FLOAT32,
     "sgd": changed(FLOAT32, SGD),  # with WHOLE: Megatron distributes Adam only
     "adamw, padded capacity": changed(FLOAT32, PADDED),
+    "adamw, warm-up and cosine": changed(FLOAT32, SCHEDULED),
 }
 
 
@@ -39,13 +54,7 @@ def parallel(**sizes: object) -> Tree:
     return {"parallel": sizes}
 
 
-def micro_batches_of(sequences: int) -> Tree:
-    return {"training": {"micro_batch_size": sequences}}
-
-
 SEQUENCE = {"engine": {"sequence_parallel": True}}
-RECOMPUTED = {"model": {"activation_checkpointing": "all"}}
-
 INTERLEAVED = parallel(pipeline=2, pipeline_interleaving=2)
 
 LAYOUTS: dict[str, tuple[int, Tree]] = {
@@ -72,9 +81,17 @@ LAYOUTS: dict[str, tuple[int, Tree]] = {
     "2 ranks, interleaved, whole, recomputed": (2, changed(INTERLEAVED, WHOLE, micro_batches_of(2), RECOMPUTED)),
     "4 ranks, interleaved, expert 2": (4, changed(INTERLEAVED, parallel(expert=2), micro_batches_of(1))),
     "4 ranks, interleaved, tensor 2, sequence": (4, changed(INTERLEAVED, parallel(tensor=2), SEQUENCE)),
-    "4 ranks, expert 2, whole": (4, changed(parallel(expert=2), WHOLE)),
     "4 ranks, tensor 2, expert 2": (4, parallel(tensor=2, expert=2)),
     "4 ranks, tensor 2, expert 2, whole": (4, changed(parallel(tensor=2, expert=2), WHOLE)),
+    "4 ranks, data, whole": (4, WHOLE),
+    "4 ranks, expert 2, whole": (4, changed(parallel(expert=2), WHOLE)),
+    "4 ranks, expert 4, whole": (4, changed(parallel(expert=4), WHOLE, micro_batches_of(1))),
+    "4 ranks, expert 2, slices 2, whole": (4, changed(parallel(expert=2, expert_tensor=2), WHOLE)),
+    "4 ranks, tensor 2, slices 2, whole": (4, changed(parallel(tensor=2, expert_tensor=2), WHOLE)),
+    "4 ranks, pipeline 2, tensor 2, whole": (
+        4,
+        changed(parallel(pipeline=2, tensor=2, expert=2), WHOLE, micro_batches_of(2)),
+    ),
     "4 ranks, tensor 2, expert 4": (4, changed(parallel(tensor=2, expert=4), micro_batches_of(1))),
     "4 ranks, tensor 2, expert 2, sequence": (
         4,
@@ -91,7 +108,15 @@ LAYOUTS: dict[str, tuple[int, Tree]] = {
 
 CASES: dict[str, dict[str, int]] = {
     "adamw": dict.fromkeys(LAYOUTS, 3)
-    | dict.fromkeys(("2 ranks, expert 2", "4 ranks, tensor 2, expert 2", "4 ranks, tensor 2, expert 2, sequence"), 20),
+    | dict.fromkeys(
+        [
+            "2 ranks, expert 2",
+            "4 ranks, tensor 2, expert 2",
+            "4 ranks, tensor 2, expert 2, whole",
+            "4 ranks, tensor 2, expert 2, sequence",
+        ],
+        20,
+    ),
     "sgd": {
         "2 ranks, data, whole": 3,
         "2 ranks, expert 2, whole, accumulated": 20,
@@ -99,12 +124,24 @@ CASES: dict[str, dict[str, int]] = {
         "2 ranks, tensor 2, whole": 20,
         "2 ranks, tensor 2, sequence, whole": 20,
         "2 ranks, pipeline 2, whole, recomputed": 20,
+        "4 ranks, tensor 2, expert 2, whole": 20,
+        "4 ranks, expert 2, slices 2, whole": 3,
     },
-    "adamw, padded capacity": {
-        "2 ranks, tensor 2, expert 2": 3,
-        "2 ranks, tensor 2, expert 2, sequence": 3,
-        "2 ranks, expert 2": 3,
-    },
+    "adamw, padded capacity": dict.fromkeys(
+        [
+            "2 ranks, data",
+            "2 ranks, expert 2",
+            "2 ranks, expert 2, whole, accumulated",
+            "2 ranks, slices 2",
+            "2 ranks, tensor 2, expert 2",
+            "2 ranks, tensor 2, expert 2, sequence",
+            "2 ranks, pipeline 2",
+            "4 ranks, tensor 2, expert 2, whole",
+            "4 ranks, expert 2, slices 2",
+        ],
+        3,
+    ),
+    "adamw, warm-up and cosine": {"2 ranks, expert 2": 20, "2 ranks, tensor 2, whole": 20},
 }
 
 
@@ -168,10 +205,7 @@ def reference(recipe: str) -> Trace:
     return trace(RECIPES[recipe], 1, 20, (0,))
 
 
-@pytest.mark.parametrize(
-    ("recipe", "name", "num_steps"),
-    [(recipe, name, num_steps) for recipe, layouts in CASES.items() for name, num_steps in layouts.items()],
-)
+@pytest.mark.parametrize(("recipe", "name", "num_steps"), expanded(CASES))
 def test_every_layout_trains_as_native_does(recipe: str, name: str, num_steps: int) -> None:
     num_ranks, changes = LAYOUTS[name]
     config = build_config(changed(RECIPES[recipe], changes, MEGATRON), num_ranks)

@@ -61,6 +61,19 @@ BASE: Tree = {
 }
 """Everything that a layout can get wrong is on."""
 
+RECOMPUTED: Tree = {"model": {"activation_checkpointing": "all"}}
+PADDED: Tree = {"routing": {"capacity": {"factor": 0.9, "policy": "weight", "pad": True}}}
+
+
+def micro_batches_of(sequences: int) -> Tree:
+    """So many sequences of a rank at a time, and the gradients accumulated."""
+    return {"training": {"micro_batch_size": sequences}}
+
+
+def expanded(cases: dict[str, dict[str, int]]) -> list[tuple[str, str, int]]:
+    """For pytest.mark.parametrize: of each recipe the layouts and the number of steps."""
+    return [(recipe, layout, steps) for recipe, layouts in cases.items() for layout, steps in layouts.items()]
+
 
 def changed(tree: Tree, *changes: Tree) -> Tree:
     """A copy of a config tree with other values; sections are merged."""
