@@ -153,7 +153,13 @@ def _without_effect(config: Config) -> Iterator[str]:
     """
     optimizer, engine = config.training.optimizer.name, config.engine.name
     idle = [
-        (f"engine.name: {engine}", engine != "megatron", ["engine.distributed_optimizer", "engine.emulate_cuda"]),
+        (f"engine.name: {engine}", engine != "megatron", ["engine.distributed_optimizer"]),
+        (f"engine.name: {engine}", engine == "native", ["engine.emulate_cuda"]),
+        (
+            "parallel.tensor: 1",
+            engine == "deepspeed" and config.parallel.tensor == 1,  # nothing of Megatron-Core is used
+            ["engine.emulate_cuda"],
+        ),
         (
             "parallel.expert: 1",
             config.parallel.expert * config.parallel.expert_tensor == 1,
@@ -256,7 +262,7 @@ def _batch(config: Config, num_ranks: int) -> Iterator[str]:
             f"routing.group.sequences: {group.sequences} does not divide the micro-batch of "
             f"{micro_batch_size} sequences that each rank holds; use a divisor, or rank"
         )
-    elif config.engine.name == "megatron":
+    elif config.engine.name != "native":
         yield from megatron_batch_problems(config, micro_batch_size)
 
 

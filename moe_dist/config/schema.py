@@ -209,7 +209,8 @@ class EngineConfig(Section):
     distributed_optimizer: Switch = True
     """Of the megatron engine: moments and main weights spread over the data ranks by Megatron's distributed optimizer."""
     emulate_cuda: Switch = False
-    """Of the megatron engine: run Megatron-Core on CPUs, which it is not made for: to try a layout, and for tests."""
+    """Run Megatron-Core on CPUs, which it is not made for: to try a layout, and for tests. For engine.name: megatron, and for
+    deepspeed with parallel.tensor above 1."""
 
 
 class Config(Section):

@@ -20,17 +20,18 @@ from moe_dist.config import Config, ConfigError
 from moe_dist.engines.cuda_on_cpu import cuda_on_cpu
 
 
-def check_megatron(config: Config, device: torch.device) -> None:
-    """Raise ConfigError if there is no CUDA device and none is to be emulated, or the reverse."""
-    emulate = config.engine.emulate_cuda
+def check_device(config: Config, device: torch.device) -> None:
+    """Raise ConfigError if there is no CUDA device for Megatron-Core and none is to be emulated, or the reverse."""
+    emulate, name = config.engine.emulate_cuda, config.engine.name
     if emulate and device.type == "cuda":
         raise ConfigError("engine.emulate_cuda: true is for machines without CUDA, and this one has it; leave it out")
     if not emulate and device.type != "cuda":
+        tensor = f" with parallel.tensor: {config.parallel.tensor}" if name == "deepspeed" else ""
         raise ConfigError(
-            "engine.name: megatron needs CUDA devices, and there is none for each rank; set engine.emulate_cuda: true to try "
-            "it on CPUs, or use engine.name: native"
+            f"engine.name: {name}{tensor} needs CUDA devices, and there is none for each rank; set engine.emulate_cuda: true "
+            "to try it on CPUs, or use engine.name: native"
         )
-    if emulate and config.training.precision == "bfloat16":
+    if emulate and name == "megatron" and config.training.precision == "bfloat16":
         raise ConfigError("training.precision: bfloat16 is not offered with engine.emulate_cuda: true; use float32")
 
 
