@@ -146,7 +146,13 @@ def _tensor_problems(config: Config) -> Iterator[str]:
         ("model.qk_norm", model.qk_norm, model.qk_norm == "width", "which is cut", "head or none"),
         ("model.compile", model.compile, model.compile, "whose parts contain collectives then", "false"),
         ("parallel.dispatch", parallel.dispatch, parallel.dispatch != "flat", "whose ranks send shares", "flat"),
-        ("parallel.overlap_chunks", parallel.overlap_chunks, parallel.overlap_chunks == "auto", "before which it is measured", "a number"),
+        (
+            "parallel.overlap_chunks",
+            parallel.overlap_chunks,
+            parallel.overlap_chunks == "auto",
+            "before which it is measured",
+            "a number",
+        ),
     ):
         if refused:
             yield f"{key}: {show(value)} is not offered with parallel.tensor: {tensor}, {reason}; use {instead}"
