@@ -19,7 +19,7 @@ from tests.training.test_command import kill_all
 if find_spec("deepspeed") is None:
     pytest.skip("deepspeed is not installed", allow_module_level=True)
 
-TIMEOUT = 300
+TIMEOUT = 600
 """Seconds after which the test gives up: many times what it takes."""
 OVERRIDES = {
     "native": ["engine.name=native"],

@@ -1,9 +1,12 @@
 """Tensor parallelism on the deepspeed engine trains what the native engine trains, in float32, with CUDA emulated."""
 
 import itertools
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 from unittest.mock import patch
 
 import numpy as np
@@ -71,6 +74,65 @@ def test_a_cut_model_trains_the_same(recipe: str, name: str, num_steps: int) -> 
     assert differences(result, expected, tolerance=1e-4, gradient=1e-5) == []
     assert abs(result.losses[0] - expected.losses[0]) < 1e-6
     assert expected.losses[0] - expected.losses[-1] > 1
+
+
+# Faults that it can have, each planted and seen.
+
+
+def input_gradients_not_summed() -> Any:
+    from moe_dist.engines.deepspeed_tensor import _Copy
+
+    return patch.object(_Copy, "backward", staticmethod(lambda ctx, gradient: (gradient, None)))
+
+
+@contextmanager
+def experts_not_marked_for_the_norm() -> Iterator[None]:
+    from moe_dist.engines.deepspeed_tensor import TensorParallel
+
+    split = TensorParallel.split
+
+    def faulty(self: Any, model: Any) -> None:
+        split(self, model)
+        for layer in model.moe_layers.values():
+            for parameter in layer.experts.parameters():
+                parameter.tensor_model_parallel = False
+
+    with patch.object(TensorParallel, "split", faulty):
+        yield
+
+
+@contextmanager
+def whole_weights_of_a_cut_part_not_summed() -> Iterator[None]:
+    from moe_dist.engines import deepspeed_tensor
+
+    with patch.object(deepspeed_tensor, "partial", lambda function, group: lambda gradient: gradient):
+        yield
+
+
+def loss_counted_by_every_rank() -> Any:
+    from moe_dist.engines.deepspeed import DeepSpeedEngine
+
+    return patch.object(DeepSpeedEngine, "_once", lambda self, loss: loss)
+
+
+FAULTS = {
+    "input gradients not summed": (input_gradients_not_summed, "step 0: gradient of embedding.weight"),
+    "experts not marked for the norm": (experts_not_marked_for_the_norm, "step 0: gradient norm"),
+    "norms of heads not summed": (
+        whole_weights_of_a_cut_part_not_summed,
+        "step 0: gradient of layers.0.attention.query_norm.weight",
+    ),
+    "loss counted by every rank": (loss_counted_by_every_rank, "step 0: loss"),
+}
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_a_planted_fault_is_reported(name: str) -> None:
+    fault, says = FAULTS[name]
+    num_ranks, changes = LAYOUTS["2 ranks, tensor 2, ZeRO 1"]
+    result = trace(changed(RECIPES["adamw"], changes), num_ranks, 2, (0,), fault)
+    reports = differences(result, reference("adamw"), tolerance=1e-4, gradient=1e-5)
+    assert any(report.startswith(says) for report in reports), reports
 
 
 # What else a run does.
