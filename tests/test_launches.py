@@ -5,9 +5,12 @@ Each node is a launcher of its own, as where it may not use ssh. To start one ta
 
 import json
 import os
+import re
+import shlex
 import socket
 import subprocess
 import sys
+from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -19,6 +22,7 @@ from tests.training.test_command import kill_all
 if find_spec("deepspeed") is None:
     pytest.skip("deepspeed is not installed", allow_module_level=True)
 
+ROOT = Path(__file__).parents[1]
 TIMEOUT = 600
 """Seconds after which the test gives up: many times what it takes."""
 OVERRIDES = {
@@ -68,6 +72,24 @@ def final_losses(engine: str, folder: Path) -> dict[str, list[float]]:
             kill_all(process)
     lines = {launcher: (folder / launcher / "metrics.jsonl").read_text().splitlines() for launcher in launchers}
     return {launcher: [json.loads(line)["loss"] for line in found] for launcher, found in lines.items()}
+
+
+def documented() -> Iterator[str]:
+    """The lines of the documents that call DeepSpeed's launcher."""
+    for document in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]:
+        for block in re.findall(r"```bash\n(.*?)```", document.read_text(), re.DOTALL):
+            yield from (line for line in block.splitlines() if line.startswith("deepspeed "))
+
+
+def test_the_documented_commands_are_deepspeeds() -> None:
+    from deepspeed.launcher.runner import parse_args
+
+    commands = [parse_args(shlex.split(line.replace("_rank N", "_rank 1"))[1:]) for line in documented()]
+    assert len(commands) >= 4
+    for command in commands:
+        assert (command.module, command.user_script, command.user_args[0]) == (True, "moe_dist", "train")
+    assert {command.num_gpus for command in commands} == {-1, 8}
+    assert any(command.no_ssh and command.node_rank == 1 and command.hostfile == "hostfile" for command in commands)
 
 
 @pytest.mark.parametrize("engine", OVERRIDES)

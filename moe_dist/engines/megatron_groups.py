@@ -20,7 +20,7 @@ from moe_dist.config import Config, ConfigError
 from moe_dist.engines.cuda_on_cpu import cuda_on_cpu
 
 
-def check_device(config: Config, device: torch.device) -> None:
+def check_megatron(config: Config, device: torch.device) -> None:
     """Raise ConfigError if there is no CUDA device for Megatron-Core and none is to be emulated, or the reverse."""
     emulate, name = config.engine.emulate_cuda, config.engine.name
     if emulate and device.type == "cuda":

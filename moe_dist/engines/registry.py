@@ -18,17 +18,17 @@ def build_engine(config: Config, layout: Layout, device: torch.device, vocab_siz
     require_package(config.engine.name, config.parallel.tensor)
     if config.engine.name == "deepspeed":
         if config.parallel.tensor > 1:
-            from moe_dist.engines.megatron_groups import check_device
+            from moe_dist.engines.megatron_groups import check_megatron
 
-            check_device(config, device)
+            check_megatron(config, device)
         os.environ.setdefault("DS_ACCELERATOR", device.type)  # read when deepspeed is imported
         from moe_dist.engines.deepspeed import DeepSpeedEngine
 
         return DeepSpeedEngine(config, layout, device, vocab_size)
     if config.engine.name == "megatron":
-        from moe_dist.engines.megatron_groups import check_device, quiet_import
+        from moe_dist.engines.megatron_groups import check_megatron, quiet_import
 
-        check_device(config, device)
+        check_megatron(config, device)
         with quiet_import():
             from moe_dist.engines.megatron import MegatronEngine
 
