@@ -19,6 +19,7 @@ from moe_dist.engines import registry
 from tests.engines.test_deepspeed import (
     OFFLOADED,
     RECOMPUTED,
+    blame,
     evaluated,
     losses_and_dtypes,
     on_deepspeed,
@@ -158,6 +159,12 @@ def test_evaluation_counts_each_token_once() -> None:
         assert found[0] == pytest.approx(loss_sum, rel=1e-5)
         assert found[1:3] == (num_targets, load_NE)
         assert found[3] == pytest.approx(losses, abs=1e-5)
+
+
+def test_the_first_part_that_is_not_finite_is_named() -> None:
+    num_ranks, changes = LAYOUTS["2 ranks, tensor 2, ZeRO 2"]
+    said = run_ranks(num_ranks, blame, changed(RECIPES["adamw"], changes))
+    assert said == ["the output of layers.1.moe"] * 2
 
 
 def test_bfloat16_has_float32_master_weights() -> None:
