@@ -6,6 +6,7 @@ of its input's gradient in backward. Of the routed experts each rank serves its 
 output, norms and routers are whole, and their gradients are the same on all ranks of a group.
 """
 
+import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from functools import partial
@@ -28,6 +29,11 @@ class TensorParallel:
 
     def __init__(self, config: Config) -> None:
         """Collective: makes Megatron-Core's groups, or finds them made."""
+        if config.engine.emulate_cuda and dist.get_rank() == 0:
+            print(
+                "engine.emulate_cuda: Megatron-Core's part runs on the CPU, for trying and testing only",
+                file=sys.stderr,
+            )
         with quiet_import():
             from megatron.core import parallel_state
         self.inside: Callable[[], AbstractContextManager[None]] = megatron_context(config)

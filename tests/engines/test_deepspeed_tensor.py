@@ -1,8 +1,9 @@
 """Tensor parallelism on the deepspeed engine trains what the native engine trains, in float32, with CUDA emulated."""
 
+import io
 import itertools
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -29,7 +30,7 @@ from tests.engines.test_deepspeed_checkpoints import State, differing, gathered,
 from tests.engines.test_equality import RECIPES as BASE_RECIPES
 from tests.engines.test_equality import micro_batches_of
 from tests.support.distributed import run_ranks
-from tests.support.equality import Trace, Tree, changed, differences, trace
+from tests.support.equality import Trace, Tree, build_engine, changed, differences, trace
 
 if find_spec("megatron") is None:
     pytest.skip("megatron-core is not installed", allow_module_level=True)
@@ -223,6 +224,22 @@ def test_megatron_core_is_asked_for() -> None:
         "engine.name: deepspeed with parallel.tensor: 2 needs the package megatron-core, which is not installed; "
         "install it by `pip install megatron-core`, or use parallel.tensor: 1"
     )
+
+
+def told(tree: Tree) -> str:
+    """What building the engine prints on this rank."""
+    printed = io.StringIO()
+    with redirect_stderr(printed):
+        build_engine(tree)
+    return printed.getvalue()
+
+
+def test_emulation_is_told_once() -> None:
+    num_ranks, changes = LAYOUTS["2 ranks, tensor 2, ZeRO 0"]
+    first, second = run_ranks(num_ranks, told, changed(RECIPES["adamw"], changes))
+    line = "engine.emulate_cuda: Megatron-Core's part runs on the CPU, for trying and testing only\n"
+    assert line in first
+    assert line not in second
 
 
 def test_a_cpu_must_be_asked_for() -> None:
