@@ -81,7 +81,7 @@ def train(
     checked = load_config(config, overrides, ranks)
     if resume and output is None:
         raise ConfigError("--resume: needs --output DIR, the folder of the run to go on with")
-    require_package(checked.engine.name)
+    require_package(checked.engine.name, checked.parallel.tensor)
     require_sinks(checked.telemetry)
     if environment.launcher == "single":
         check_documents(checked)

@@ -167,10 +167,12 @@ def _without_effect(config: Config) -> Iterator[str]:
     """
     optimizer, engine, parallel = config.training.optimizer.name, config.engine.name, config.parallel
     idle = [
+        (f"engine.name: {engine}", engine != "megatron", ["engine.distributed_optimizer", "engine.sequence_parallel"]),
+        (f"engine.name: {engine}", engine == "native", ["engine.emulate_cuda"]),
         (
-            f"engine.name: {engine}",
-            engine != "megatron",
-            ["engine.distributed_optimizer", "engine.sequence_parallel", "engine.emulate_cuda"],
+            "parallel.tensor: 1",
+            engine == "deepspeed" and parallel.tensor == 1,  # nothing of Megatron-Core is used
+            ["engine.emulate_cuda"],
         ),
         ("parallel.tensor: 1", engine == "megatron" and parallel.tensor == 1, ["engine.sequence_parallel"]),
         (
@@ -280,7 +282,7 @@ def _batch(config: Config, num_ranks: int) -> Iterator[str]:
             f"routing.group.sequences: {group.sequences} does not divide the micro-batch of "
             f"{micro_batch_size} sequences that each rank holds; use a divisor, or rank"
         )
-    elif config.engine.name == "megatron":
+    elif config.engine.name != "native":
         yield from megatron_batch_problems(config, micro_batch_size, share // micro_batch_size)
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from moe_dist.config.errors import show
-from moe_dist.config.layout import Layout, layout_of
+from moe_dist.config.layout import Layout, layout_of, moe_layers
 from moe_dist.config.schema import Config
 from moe_dist.config.size import size_of
 
@@ -71,6 +71,8 @@ def deepspeed_tree(config: Config, layout: Layout, bfloat16: bool) -> Tree:
 def deepspeed_problems(config: Config) -> Iterator[str]:
     """In words, what of a config for engine.name: deepspeed it cannot do, or says twice in different ways."""
     yield from _layout_problems(config)
+    if config.parallel.tensor > 1:
+        yield from _tensor_problems(config)
     yield from _precision_problems(config)
     user = config.engine.deepspeed
     for key in user:
@@ -121,6 +123,39 @@ def _layout_problems(config: Config) -> Iterator[str]:
             "model.compile: true does not go with engine.zero_stage: 3, whose hooks gather weights part by part; "
             "use engine.zero_stage: 2, or model.compile: false"
         )
+
+
+def _tensor_problems(config: Config) -> Iterator[str]:
+    model, moe, parallel = config.model, config.moe, config.parallel
+    tensor, kv_heads = parallel.tensor, model.num_kv_heads or model.num_heads
+    if config.engine.zero_stage == 3:
+        yield (
+            f"engine.zero_stage: 3 takes no parallel.tensor: {tensor} (its ranks serve shares of the tokens, so DeepSpeed must "
+            "take the experts for MoE layers, which it refuses there); use engine.zero_stage: 2, or parallel.tensor: 1"
+        )
+    if kv_heads % tensor:
+        yield f"parallel.tensor: {tensor} does not divide the {kv_heads} key-value heads; use a divisor"
+    widths = {
+        "model.ffn_size": model.ffn_size if len(moe_layers(config)) < model.num_layers else 0,
+        "moe.num_shared_experts x moe.ffn_size": moe.num_shared_experts * moe.ffn_size,
+    }
+    for key, width in widths.items():
+        if width % tensor:
+            yield f"parallel.tensor: {tensor} does not divide {key} = {width}; use a divisor"
+    for key, value, refused, reason, instead in (
+        ("model.qk_norm", model.qk_norm, model.qk_norm == "width", "which is cut", "head or none"),
+        ("model.compile", model.compile, model.compile, "whose parts contain collectives then", "false"),
+        ("parallel.dispatch", parallel.dispatch, parallel.dispatch != "flat", "whose ranks send shares", "flat"),
+        (
+            "parallel.overlap_chunks",
+            parallel.overlap_chunks,
+            parallel.overlap_chunks == "auto",
+            "before which it is measured",
+            "a number",
+        ),
+    ):
+        if refused:
+            yield f"{key}: {show(value)} is not offered with parallel.tensor: {tensor}, {reason}; use {instead}"
 
 
 def _precision_problems(config: Config) -> Iterator[str]:

@@ -244,7 +244,8 @@ class EngineConfig(Section):
     """Of the megatron engine, with parallel.tensor above 1: its ranks hold parts of each sequence between attention and dense
     layers, for norms and MoE layers."""
     emulate_cuda: Switch = False
-    """Of the megatron engine: run Megatron-Core on CPUs, which it is not made for: to try a layout, and for tests."""
+    """Run Megatron-Core on CPUs, which it is not made for: to try a layout, and for tests. For engine.name: megatron, and for
+    deepspeed with parallel.tensor above 1."""
 
 
 class Config(Section):

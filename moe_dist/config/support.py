@@ -29,7 +29,7 @@ SUPPORT: dict[str, dict[str, str]] = {
     },
     "parallel.tensor": {
         "native": "it does not split attention and dense layers",
-        "deepspeed": "it does not split attention and dense layers",
+        "deepspeed": "",
         "megatron": "",
     },
     "parallel.context": {
@@ -64,15 +64,25 @@ def cannot_import(engine: str, error: ImportError) -> ImportError:
     )
 
 
-def require_package(engine: str) -> None:
-    """Raise ConfigError if what an engine needs is not installed. Imports no more than the package's parent."""
+def require_package(engine: str, tensor: int = 1) -> None:
+    """Raise ConfigError if what an engine needs is not installed. Imports no more than the package's parent.
+
+    Args:
+        tensor: parallel.tensor; above 1, the deepspeed engine uses Megatron-Core's groups.
+    """
+    _require(engine, f"engine.name: {engine}", "engine.name: native")
+    if engine == "deepspeed" and tensor > 1:
+        _require("megatron", f"engine.name: deepspeed with parallel.tensor: {tensor}", "parallel.tensor: 1")
+
+
+def _require(engine: str, subject: str, instead: str) -> None:
     if engine not in PACKAGES:
         return
     module, package = PACKAGES[engine]
     if find_spec(module.partition(".")[0]) is None or find_spec(module) is None:
         raise ConfigError(
-            f"engine.name: {engine} needs the package {package}, which is not installed; "
-            f"install it by `pip install {package}`, or use engine.name: native"
+            f"{subject} needs the package {package}, which is not installed; "
+            f"install it by `pip install {package}`, or use {instead}"
         )
 
 

@@ -119,12 +119,12 @@ def default_rows(num_ranks: int, engines: list[str], layouts: list[str] | None, 
             sizes = parse_layout(layout)
             parallel = ", ".join(f"{key}: {size}" for key, size in sizes.items())
             for variant in VARIANTS[engine]:
-                if variant == "zero_stage=3" and sizes.get("expert", 1) > 1:
+                if variant == "zero_stage=3" and max(sizes.get("expert", 1), sizes.get("tensor", 1)) > 1:
                     continue  # there ZeRO shards the experts itself
                 if variant == "sequence_parallel=true" and sizes.get("tensor", 1) == 1:
                     continue
                 settings = [f"name={engine}", variant]
-                if engine == "megatron" and not on_gpu:
+                if not on_gpu and (engine == "megatron" or (engine == "deepspeed" and sizes.get("tensor", 1) > 1)):
                     settings.append("emulate_cuda=true")
                 section = ", ".join(setting.replace("=", ": ") for setting in settings)
                 rows.append(Row(engine, layout, variant, (f"parallel={{{parallel}}}", f"engine={{{section}}}")))

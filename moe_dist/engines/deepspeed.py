@@ -8,6 +8,7 @@ import math
 import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -22,7 +23,7 @@ except ModuleNotFoundError as error:
 import torch
 import torch.distributed as dist
 from deepspeed.runtime.utils import combine_grad_norm_groups
-from deepspeed.utils import safe_set_full_grad, safe_set_local_grad, set_z3_leaf_modules
+from deepspeed.utils import groups, safe_set_full_grad, safe_set_local_grad, set_z3_leaf_modules
 from torch import nn
 
 from moe_dist.config import Config, Layout
@@ -32,7 +33,6 @@ from moe_dist.engines.deepspeed_layer import (
     DeepSpeedMoELayer,
     expert_group,
     join_process_group,
-    layer_class,
     moe_layer,
     parameter_groups,
 )
@@ -46,6 +46,7 @@ from moe_dist.engines.deepspeed_state import (
     set_moments,
     set_weights,
 )
+from moe_dist.engines.deepspeed_tensor import TensorParallel, is_cut
 from moe_dist.engines.engine import Engine
 from moe_dist.engines.forward import build_model, model_loss, parts_of
 from moe_dist.engines.optimizer import LocalParameter, clip, optimizer_of, squared_norm
@@ -60,7 +61,7 @@ class DeepSpeedEngine(Engine):
     """See Engine."""
 
     def __init__(self, config: Config, layout: Layout, device: torch.device, vocab_size: int) -> None:
-        super().__init__(config, layout, device, dist.get_rank())
+        super().__init__(config, layout, device, dist.get_rank() // layout.tensor)
         self.stage = config.engine.zero_stage
         if self.stage == 0:
             self.precision = "float32"  # bfloat16 is refused, and auto means this
@@ -68,8 +69,18 @@ class DeepSpeedEngine(Engine):
         warnings.filterwarnings("ignore", message="Mismatch dtype between input and weight")
         os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed wants it even where nothing was launched
         join_process_group()
-        group, kind = expert_group(layout.expert), layer_class(layout.expert)
-        self.model = build_model(config, layout, vocab_size, device, self.precision, group, self.all_ranks, kind)
+        self.tensor = TensorParallel(config) if layout.tensor > 1 else None
+        groups.mpu = self.tensor  # global in DeepSpeed, which would keep that of an engine before
+        self.inside = self.tensor.inside if self.tensor else nullcontext
+        # Ranks that hold the same tokens serve each its share of them, so experts have gradients of their own on each.
+        as_experts = layout.expert > 1 or self.tensor is not None
+        group = expert_group(layout.expert) if as_experts else None
+        kind = DeepSpeedMoELayer if as_experts else MoELayer
+        if self.tensor is not None:
+            self.data_group = self.tensor.data_group
+        self.model = build_model(config, layout, vocab_size, device, self.precision, group, self.data_group, kind)
+        if self.tensor is not None:
+            self.tensor.split(self.model)
         if self.stage == 3:
             set_z3_leaf_modules(self.model, [MoELayer])  # gathered as one, whichever experts have rows
         optimizer = config.training.optimizer
@@ -77,6 +88,7 @@ class DeepSpeedEngine(Engine):
             model=self.model,
             optimizer=optimizer_of(parameter_groups(self.model, optimizer.weight_decay), optimizer),
             config=deepspeed_tree(config, layout, self.precision == "bfloat16"),
+            mpu=self.tensor,
         )
         create_all_moments(self.deepspeed)
         self.watch(self.model.moe_layers)
@@ -87,9 +99,10 @@ class DeepSpeedEngine(Engine):
         loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
         for number, batch in enumerate(batches):
             self.deepspeed.set_gradient_accumulation_boundary(number == len(batches) - 1)
-            loss = self.loss(batch, batch.num_tokens() / max(1, num_tokens), step)
-            self.deepspeed.backward(loss * (self.layout.data / max(1, num_targets)), scale_wrt_gas=False)
-            loss_sum += loss.detach()
+            with self.inside():
+                loss = self._loss(batch, batch.num_tokens() / max(1, num_tokens), step)
+                self.deepspeed.backward(loss * (self.layout.data / max(1, num_targets)), scale_wrt_gas=False)
+            loss_sum += self._once(loss.detach())
         return loss_sum
 
     def loss_and_norm(self, loss_sum: torch.Tensor) -> tuple[float, float]:
@@ -137,10 +150,19 @@ class DeepSpeedEngine(Engine):
         zero.check_grad_overflow = checks
 
     def loss(self, batch: Batch, share: float, step: int = 0) -> torch.Tensor:
-        """See Engine. In bfloat16 the weights themselves are, so there is no autocast."""
+        """See Engine."""
+        with self.inside():
+            return self._once(self._loss(batch, share, step))
+
+    def _loss(self, batch: Batch, share: float, step: int) -> torch.Tensor:
+        """On every rank. In bfloat16 the weights themselves are, so there is no autocast."""
         batch = batch.to(self.device)
         tokens = replace(batch.tokens(share, step), gradient_scale=float(self.layout.data))
         return model_loss(self.deepspeed, batch, tokens, "float32")
+
+    def _once(self, loss: torch.Tensor) -> torch.Tensor:
+        """0 on all but one of the ranks that hold the same tokens."""
+        return loss if self.tensor is None or self.tensor.group.rank() == 0 else torch.zeros_like(loss)
 
     def set_training(self, training: bool) -> None:
         """See Engine."""
@@ -172,19 +194,28 @@ class DeepSpeedEngine(Engine):
 
     def _gathered(self, get: Callable[[deepspeed.DeepSpeedEngine, nn.Parameter], torch.Tensor]) -> Source:
         """Something whole of every parameter, on the host; each is gathered once, in the same order on all ranks."""
-        full = {parameter: get(self.deepspeed, parameter).cpu() for parameter in self.model.parameters()}
+        full: dict[nn.Parameter, torch.Tensor] = {}
+        for parameter in self.model.parameters():
+            tensor = get(self.deepspeed, parameter)
+            full[parameter] = (self.tensor.whole(parameter, tensor) if self.tensor else tensor).cpu()
         return full.__getitem__
 
     def _packed(self, state: dict[str, torch.Tensor], kind: str) -> dict[nn.Parameter, torch.Tensor]:
         """The tensors of a kind as this rank's parameters hold them: experts stacked."""
-        full = {parameter: torch.empty(full_shape(parameter)) for parameter in self.model.parameters()}
+        shape = self.tensor.whole_shape if self.tensor else full_shape
+        full = {parameter: torch.empty(shape(parameter)) for parameter in self.model.parameters()}
         for name, part in global_tensors(self.model, full.__getitem__):
             part.copy_(state[f"{kind}.{name}"])
+        if self.tensor:
+            full = {parameter: self.tensor.part_of(parameter, tensor) for parameter, tensor in full.items()}
         return {parameter: tensor.to(self.device) for parameter, tensor in full.items()}
 
     def _whole_parameters(self) -> list[LocalParameter]:
         """Without ZeRO every parameter is whole; how many ranks hold it tells the norm to count it once."""
-        return [
-            LocalParameter(name, p, p, self.layout.expert_data if hasattr(p, "group_name") else self.layout.data)
-            for name, p in self.model.named_parameters()
-        ]
+        return [LocalParameter(name, p, p, self._replicas(p)) for name, p in self.model.named_parameters()]
+
+    def _replicas(self, parameter: nn.Parameter) -> int:
+        """Ranks that hold the same values."""
+        if hasattr(parameter, "group_name"):
+            return self.layout.expert_data
+        return self.layout.data if is_cut(parameter) else self.layout.num_ranks

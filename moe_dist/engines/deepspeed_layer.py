@@ -49,9 +49,9 @@ def moe_layer(
         raise ValueError(
             f"expert_parallel: {expert_parallel} must divide the {num_ranks} ranks and moe.num_experts = {moe.num_experts}"
         )
-    return layer_class(expert_parallel)(
-        hidden_size, moe, routing, expert_group(expert_parallel), all_ranks(), **options
-    )
+    if expert_parallel == 1:  # every rank holds all experts: they are weights like all others
+        return MoELayer(hidden_size, moe, routing, None, all_ranks(), **options)
+    return DeepSpeedMoELayer(hidden_size, moe, routing, expert_group(expert_parallel), all_ranks(), **options)
 
 
 def parameter_groups(model: nn.Module, weight_decay: float = 0.0) -> list[dict[str, Any]]:
@@ -68,19 +68,12 @@ def join_process_group() -> None:
     deepspeed.init_distributed()
 
 
-def layer_class(expert_parallel: int) -> type[MoELayer]:
-    """What DeepSpeed is to take for an MoE layer; where every rank holds all experts, they are weights like all others."""
-    return DeepSpeedMoELayer if expert_parallel > 1 else MoELayer
-
-
 def expert_group(expert_parallel: int) -> dist.ProcessGroup | None:
     """DeepSpeed's expert-parallel group of this rank, made if need be; None where one rank holds all experts. Collective."""
-    if expert_parallel == 1:
-        return None
     name = _group_name(expert_parallel)
     if name not in groups._get_expert_parallel_group_dict():
         groups._create_expert_and_data_parallel(expert_parallel)
-    return groups._get_expert_parallel_group(name)
+    return groups._get_expert_parallel_group(name) if expert_parallel > 1 else None
 
 
 def all_ranks() -> dist.ProcessGroup | None:
@@ -100,15 +93,15 @@ class _SeenByDeepSpeed(MoE):
 
 
 class DeepSpeedMoELayer(MoELayer, _SeenByDeepSpeed):
-    """MoELayer, whose experts are spread over an expert-parallel group of DeepSpeed's."""
+    """MoELayer, whose experts DeepSpeed takes for such, in the groups that `expert_group` has made."""
 
     def __init__(self, *args: Any, **options: Any) -> None:
         """See MoELayer."""
         super().__init__(*args, **options)
-        assert self.expert_parallel_group is not None
+        group = self.expert_parallel_group
         self.num_experts = self.expert_map.num_experts
         self.num_local_experts = len(self.own_experts)
-        self.ep_size = dist.get_world_size(self.expert_parallel_group)
+        self.ep_size = 1 if group is None else dist.get_world_size(group)
         self.expert_group_name = _group_name(self.ep_size)
         for parameter in self.experts.parameters():
             parameter.allreduce = False  # type: ignore[attr-defined]

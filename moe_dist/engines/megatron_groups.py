@@ -21,13 +21,14 @@ from moe_dist.engines.megatron_fused import has_transformer_engine
 
 def check_megatron(config: Config, device: torch.device) -> None:
     """Raise ConfigError if there is no CUDA device and none is to be emulated, or the reverse, or TransformerEngine is needed."""
-    emulate, context = config.engine.emulate_cuda, config.parallel.context
+    emulate, name, context = config.engine.emulate_cuda, config.engine.name, config.parallel.context
     if emulate and device.type == "cuda":
         raise ConfigError("engine.emulate_cuda: true is for machines without CUDA, and this one has it; leave it out")
     if not emulate and device.type != "cuda":
+        tensor = f" with parallel.tensor: {config.parallel.tensor}" if name == "deepspeed" else ""
         raise ConfigError(
-            "engine.name: megatron needs CUDA devices, and there is none for each rank; set engine.emulate_cuda: true to try "
-            "it on CPUs, or use engine.name: native"
+            f"engine.name: {name}{tensor} needs CUDA devices, and there is none for each rank; set engine.emulate_cuda: true "
+            "to try it on CPUs, or use engine.name: native"
         )
     if context > 1 and emulate:
         raise ConfigError(
@@ -39,7 +40,7 @@ def check_megatron(config: Config, device: torch.device) -> None:
             f"parallel.context: {context} needs TransformerEngine, which is not installed: Megatron-Core has no other attention "
             "over split sequences; install it by `pip install --no-build-isolation transformer-engine[pytorch]`, or use 1"
         )
-    if emulate and config.training.precision == "bfloat16":
+    if emulate and name == "megatron" and config.training.precision == "bfloat16":
         raise ConfigError("training.precision: bfloat16 is not offered with engine.emulate_cuda: true; use float32")
 
 

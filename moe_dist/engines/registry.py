@@ -13,8 +13,9 @@ from moe_dist.engines.native import NativeEngine
 
 def check_engine(config: Config, device: torch.device) -> None:
     """Raise ConfigError if what the engine needs is not installed, or `device` is not what it runs on."""
-    require_package(config.engine.name)
-    if config.engine.name == "megatron":
+    name, tensor = config.engine.name, config.parallel.tensor
+    require_package(name, tensor)
+    if name == "megatron" or (name == "deepspeed" and tensor > 1):
         check_megatron(config, device)
 
 

@@ -12,7 +12,7 @@ MESSAGES = [
     (
         ["parallel.tensor=2"],
         None,
-        r"parallel\.tensor: 2 is not offered by engine.name: native \(.*\); use 1, or engine.name: megatron",
+        r"parallel\.tensor: 2 is not offered by engine.name: native \(.*\); use 1, or engine.name: deepspeed or .*: megatron",
     ),
     (["parallel.pipeline=2"], None, r"parallel\.pipeline: 2 .* use 1, or engine.name: megatron"),
     (

@@ -37,7 +37,47 @@ MESSAGES: list[tuple[Tree, str]] = [
         {"parallel": {"expert": 2, "expert_map": [1, 0, 0, 1, 1, 0, 0, 1]}},
         r"parallel\.expert_map: \[1, 0, .*\] is not carried by engine.name: deepspeed, .*; leave it out, or use .* native",
     ),
-    ({"parallel": {"tensor": 2}}, r"parallel\.tensor: 2 is not offered by engine.name: deepspeed .*"),
+    (
+        {"engine": {"zero_stage": 3}, "parallel": {"tensor": 2}},
+        r"engine\.zero_stage: 3 takes no parallel.tensor: 2 \(.*\); use engine.zero_stage: 2, or parallel.tensor: 1",
+    ),
+    (
+        {"model": {"num_kv_heads": 1}, "parallel": {"tensor": 2}},
+        r"parallel\.tensor: 2 does not divide the 1 key-value heads; use a divisor",
+    ),
+    (
+        {"model": {"num_dense_layers": 1, "ffn_size": 31}, "parallel": {"tensor": 2}},
+        r"parallel\.tensor: 2 does not divide model.ffn_size = 31; use a divisor",
+    ),
+    (
+        {"moe": {"num_shared_experts": 1, "ffn_size": 15}, "parallel": {"tensor": 2}},
+        r"parallel\.tensor: 2 does not divide moe.num_shared_experts x moe.ffn_size = 15; use a divisor",
+    ),
+    (
+        {"model": {"qk_norm": "width"}, "parallel": {"tensor": 2}},
+        r"model\.qk_norm: 'width' is not offered with parallel.tensor: 2, .*; use head or none",
+    ),
+    (
+        {"model": {"compile": True}, "parallel": {"tensor": 2}},
+        r"model\.compile: true is not offered with parallel.tensor: 2, .*; use false",
+    ),
+    (
+        {"parallel": {"tensor": 2, "expert": 2, "dispatch": "hierarchical"}},
+        r"parallel\.dispatch: 'hierarchical' is not offered with parallel.tensor: 2, .*; use flat",
+    ),
+    (
+        {"parallel": {"tensor": 2, "expert": 2, "overlap_chunks": "auto"}},
+        r"parallel\.overlap_chunks: 'auto' is not offered with parallel.tensor: 2, .*; use a number",
+    ),
+    (
+        {"training": {"sequence_length": 15, "micro_batch_size": 1}, "parallel": {"tensor": 2}},
+        r"parallel\.tensor: 2 does not divide the 15 tokens of a micro-batch .*",
+    ),
+    (
+        {"engine": {"emulate_cuda": True}},
+        r"engine\.emulate_cuda: true has no effect with parallel.tensor: 1; .*, or change parallel.tensor",
+    ),
+    ({"parallel": {"pipeline": 2}}, r"parallel\.pipeline: 2 is not offered by engine.name: deepspeed .*"),
     ({"parallel": {"expert_tensor": 2}}, r"parallel\.expert_tensor: 2 is not offered by engine.name: deepspeed .*"),
     ({"training": {"precision": "float64"}}, r"training\.precision: float64 is not kept by DeepSpeed, .*"),
     (

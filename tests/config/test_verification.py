@@ -31,7 +31,8 @@ def path(tmp_path: Path) -> Path:
         ("native", 3, ["data", "expert=3"]),
         ("native", 4, ["data", "expert=2", "expert=4", "expert_tensor=2", "expert_tensor=2,expert=2"]),
         ("native", 8, ["data", "expert=2", "expert=4", "expert=8", "expert_tensor=2", "expert_tensor=2,expert=2"]),
-        ("deepspeed", 2, ["data", "expert=2"]),
+        ("deepspeed", 2, ["data", "expert=2", "tensor=2"]),
+        ("deepspeed", 4, ["data", "expert=2", "expert=4", "tensor=2", "tensor=2,expert=2"]),
         (
             "megatron",
             2,
@@ -63,6 +64,7 @@ def test_each_layout_has_the_variants_of_its_engine() -> None:
         "native expert_tensor=2, sharding=full",
         *(f"deepspeed data, zero_stage={stage}" for stage in range(4)),
         *(f"deepspeed expert=2, zero_stage={stage}" for stage in range(3)),  # stage 3 would shard the experts itself
+        *(f"deepspeed tensor=2, zero_stage={stage}" for stage in range(3)),
     ]
     assert rows[3].overrides == ("parallel={expert: 2}", "engine={name: native, sharding: full}")
     assert rows[7].overrides == ("parallel={}", "engine={name: deepspeed, zero_stage: 1}")
@@ -78,6 +80,11 @@ def test_megatron_is_emulated_without_gpus_only() -> None:
             )
             for variant in ("distributed_optimizer: false", "distributed_optimizer: true", "sequence_parallel: true")
         ]
+        (_, cut, *_), (_, whole, *_) = (
+            default_rows(2, ["deepspeed"], [layout], on_gpu) for layout in ("tensor=2", "expert=2")
+        )
+        assert cut.overrides[1] == f"engine={{name: deepspeed, zero_stage: 1{emulated}}}"
+        assert whole.overrides[1] == "engine={name: deepspeed, zero_stage: 1}"
 
 
 def test_sequence_parallelism_is_tried_with_tensor_parallelism_only() -> None:
