@@ -70,12 +70,13 @@ class LayerRecorder:
         self._shape = num_experts, num_own_experts
         self.own_seconds = 0.0
         self.counts = self._nothing()
-        self.begin_step(timed=True, keep_losses=True)
+        self.timed = self._keep_losses = True
+        self.losses: dict[str, torch.Tensor] = {}
 
     def begin_step(self, timed: bool, keep_losses: bool) -> None:
         """Before the forward passes of an optimiser step: time its stages, keep its auxiliary losses?"""
         self.timed, self._keep_losses = timed, keep_losses
-        self.losses: dict[str, torch.Tensor] = {}
+        self.losses = {}
         self.counts.timed_steps += timed
 
     def take(self) -> Counts:

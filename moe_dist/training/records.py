@@ -116,7 +116,8 @@ def balance_record(numbers: list[int], result: StepResult, sums: Sums | None) ->
     if sums is not None:
         columns["max_vio_global"] = max_vio(sums.routed_NE)
         columns["bias_range"] = sums.bias_NE.amax(1) - sums.bias_NE.amin(1)
-        lists = {"load": sums.routed_NE, "dropped": sums.dropped_NE, "bias": sums.bias_NE}
+        shortest = sums.bias_NE.float().numpy().astype(str).astype(float)  # digits that give the float32 back
+        lists = {"load": sums.routed_NE, "dropped": sums.dropped_NE, "bias": torch.from_numpy(shortest)}
     observed = [observation.means(totals) for totals in result.totals]
     for name in observed[0]:
         columns[name] = torch.tensor([means[name] for means in observed])

@@ -146,7 +146,7 @@ def numbers(record: dict[str, Any], prefix: str = "") -> dict[str, float]:
         if isinstance(value, dict):
             flat |= numbers(value, f"{prefix}{key}.")
         elif key not in ("tokens_per_second", "seconds"):
-            flat[prefix + key] = value
+            flat[f"{prefix}{key}"] = value
     return flat
 
 
