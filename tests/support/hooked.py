@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-import torch.distributed as dist
 
 from moe_dist.routing import Routing
 from tests.support.runs import start
@@ -31,6 +30,7 @@ class Seen:
     num_tokens: int
 
 
+Rows = tuple[list[int], list[int]]
 Watched = list[dict[int, list[Seen]]]
 """By step and MoE layer, the forwards of a rank."""
 
@@ -108,10 +108,14 @@ def expected_layer(watched: list[Watched], steps: range, rank: int, layer: int, 
                     for owner in setting.owners(expert):
                         sent[source - base, owner, expert] += count_E[expert]
     place = rank - base
-    own = [e for e in range(num_experts) if place in setting.owners(e)]
+    own = _experts(place, setting)
     computed = sent[:, place].sum(0)[own]
     rows_sent, rows_received = sent[place].sum(1), sent[:, place].sum(1)
-    counts = [s for step in steps for s in watched[rank][step][layer]] if rank % setting.tensor == 0 else []
+    seen_here = [seen for step in steps for seen in watched[rank][step][layer]]
+    others = [peer for peer in range(size) if peer != place]
+    rows_given = sum(rows_sent[peer] + rows_received[peer] for peer in others)  # there and back
+    headers = sum(8 * len(_experts(peer, setting)) for seen in seen_here if seen.slots is None for peer in others)
+    counts = seen_here if rank % setting.tensor == 0 else []
     zero_E = np.zeros(num_experts, int)
     return {
         "experts": own,
@@ -124,7 +128,31 @@ def expected_layer(watched: list[Watched], steps: range, rank: int, layer: int, 
         "rows_received": rows_received.tolist(),
         "bytes_sent": (rows_sent * setting.row_bytes).tolist(),
         "bytes_received": (rows_received * setting.row_bytes).tolist(),
+        "bytes_to_others": rows_given * setting.row_bytes + headers,
     }
+
+
+def expected_rows_by_node(watched: list[Watched], steps: range, rank: int, layer: int, owner_E: list[int]) -> Rows:
+    """Rows sent to and received from each rank by hierarchical dispatch between nodes of 2 of the 4 ranks.
+
+    A token goes once to each node of its experts, to the rank of its own place there, and from there once for each pair.
+    """
+    sent = np.zeros((4, 4), int)
+    owner_of = np.array(owner_E)
+    for source in range(4):
+        for seen in (seen for step in steps for seen in watched[source][step][layer]):
+            owner_P = owner_of[seen.expert_P]
+            for node in range(2):
+                gate = node * 2 + source % 2
+                on_node_P = owner_P // 2 == node
+                sent[source, gate] += len(np.unique(seen.token_P[on_node_P]))
+                for owner in owner_P[on_node_P]:
+                    sent[gate, owner] += 1
+    return sent[rank].tolist(), sent[:, rank].tolist()
+
+
+def _experts(place: int, setting: Setting) -> list[int]:
+    return [expert for expert in range(len(setting.owner_E)) if place in setting.owners(expert)]
 
 
 def _own_pairs(seen: Seen, rank: int, setting: Setting) -> Array:
@@ -133,5 +161,3 @@ def _own_pairs(seen: Seen, rank: int, setting: Setting) -> Array:
     first = rank % setting.tensor * share
     own_P = (seen.token_P >= first) & (seen.token_P < first + share)
     return np.bincount(seen.expert_P[own_P], minlength=len(setting.owner_E))
-
-

@@ -14,7 +14,7 @@ import pytest
 
 from moe_dist.telemetry.records import read_records
 from tests.support.distributed import run_ranks
-from tests.support.hooked import Setting, Watched, expected_layer, watch_run
+from tests.support.hooked import Setting, Watched, expected_layer, expected_rows_by_node, watch_run
 from tests.support.runs import write_config
 
 STEPS, TOKENS, CHOICES, EXPERTS = 5, 8 * 16, 2, 8
@@ -94,12 +94,15 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @cache
 def run_of(name: str, tiny: Path) -> Run:
-    case = CASES[name]
+    return trained(CASES[name].num_ranks, [*EVERY_2, *CASES[name].overrides], tiny)
+
+
+def trained(num_ranks: int, overrides: list[str], tiny: Path) -> Run:
     with TemporaryDirectory() as name_of_folder:
         folder = Path(name_of_folder)
-        watched = run_ranks(case.num_ranks, watch_run, tiny, [*EVERY_2, *case.overrides], folder)
+        watched = run_ranks(num_ranks, watch_run, tiny, overrides, folder)
         metrics = [record for record in read_records(folder / "metrics.jsonl") if "loss" in record]
-        loads = [list(read_records(folder / f"load/rank_{rank:05d}.jsonl")) for rank in range(case.num_ranks)]
+        loads = [list(read_records(folder / f"load/rank_{rank:05d}.jsonl")) for rank in range(num_ranks)]
     return Run(watched, metrics, loads)
 
 
@@ -120,7 +123,27 @@ def test_each_line_says_what_the_routers_were_seen_to_choose(name: str, tiny: Pa
             for layer in run.watched[rank][0]:
                 found = line["layers"][str(layer)]
                 expected = expected_layer(run.watched, steps, rank, layer, case.setting)
+                assert found["bytes_inside_node"] == 0  # without a launcher every rank is a node
+                found["bytes_to_others"] = found["bytes_between_nodes"]
                 assert {key: found[key] for key in expected} == expected
+
+
+def test_rows_between_nodes_and_inside_them(tiny: Path) -> None:
+    nodes = ["parallel={expert: 4, dispatch: hierarchical, ranks_per_node: 2}"]
+    owner_E = [0, 0, 1, 1, 2, 2, 3, 3]
+    run = trained(4, [*EVERY_2, *nodes], tiny)
+    flat = trained(4, [*EVERY_2, "parallel={expert: 4, ranks_per_node: 2}"], tiny)
+    for rank, lines in enumerate(run.loads):
+        for line, line_of_flat in zip(lines, flat.loads[rank], strict=True):
+            steps = range(line["step"] - line["steps"], line["step"])
+            for layer, found in line["layers"].items():
+                rows = expected_rows_by_node(run.watched, steps, rank, int(layer), owner_E)
+                assert found["peers"] == [peer for peer in range(4) if peer // 2 == rank // 2 or (peer - rank) % 2 == 0]
+                assert [found["rows_sent"], found["rows_received"]] == [[r[p] for p in found["peers"]] for r in rows]
+                other = line_of_flat["layers"][layer]
+                assert all(found[key] == other[key] for key in ("routed", "dropped", "computed", "padded"))
+                for key in ("bytes_inside_node", "bytes_between_nodes"):
+                    assert min(found[key], other[key]) > 0
 
 
 def test_the_sums_of_all_ranks_are_those_of_the_routers(name: str, tiny: Path) -> None:

@@ -215,7 +215,17 @@ def test_every_rank_has_its_load_records(whole: Run) -> None:
         assert [record["step"] for record in found] == list(range(1, STEPS + 1))
         for record in found:
             times = {"time", "seconds", "recorder_seconds"}
-            assert record.keys() == {"version", "step", "rank", "steps", *times, "tokens", "memory", "hardware", "layers"}
+            assert record.keys() == {
+                "version",
+                "step",
+                "rank",
+                "steps",
+                *times,
+                "tokens",
+                "memory",
+                "hardware",
+                "layers",
+            }
             assert (record["rank"], record["steps"]) == (rank, 1)
             assert record["layers"].keys() == {"1", "2"}
             for layer in record["layers"].values():
@@ -292,7 +302,10 @@ def test_the_run_goes_on_under_torchrun(chain: Chain) -> None:
 
 def test_the_records_of_a_disturbed_run_are_those_of_an_undisturbed_one(chain: Chain, whole: Run) -> None:
     ours, theirs = (
-        [{key: value for key, value in record.items() if key not in ("tokens_per_second", "seconds")} for record in records(output)]
+        [
+            {key: value for key, value in record.items() if key not in ("tokens_per_second", "seconds")}
+            for record in records(output)
+        ]
         for output in (chain.output, whole.output)
     )
     assert ours == theirs
