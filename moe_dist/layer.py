@@ -109,7 +109,7 @@ class MoELayer(nn.Module):
         """
         hidden_TH = hidden.reshape(-1, hidden.shape[-1])
         tokens = tokens or Tokens(num_sequences=max(1, hidden.shape[0]) if hidden.dim() == 3 else 1)
-        recorder = self.recorder if self.router.balance.counts_now() else None
+        recorder = self.recorder if self.recorder is not None and self.router.balance.counts_now() else None
         stage = recorder.stage if recorder is not None and recorder.timed else untimed
         with stage("route"):
             chosen = self.router(hidden_TH, tokens)

@@ -145,7 +145,7 @@ def numbers(record: dict[str, Any], prefix: str = "") -> dict[str, float]:
             value = dict(enumerate(value))
         if isinstance(value, dict):
             flat |= numbers(value, f"{prefix}{key}.")
-        elif key not in ("tokens_per_second", "seconds"):
+        elif key not in ("tokens_per_second", "seconds", "model_flops_utilisation"):
             flat[f"{prefix}{key}"] = value
     return flat
 

@@ -49,7 +49,7 @@ ALARM = {
 def test_an_alarm_is_a_box_with_the_remedy(capsys: pytest.CaptureFixture[str]) -> None:
     screen = Screen(num_steps=20, first_step=0)
     screen.alarm(ALARM)
-    top, *lines, bottom = capsys.readouterr().out.splitlines()
+    top, *lines, _ = capsys.readouterr().out.splitlines()
     assert "step 5: dead_experts raised" in top
     assert ["expert 3 had no token" in lines[0], "raise it" in lines[1], len(lines)] == [True, True, 2]
     screen.alarm(ALARM | {"state": "cleared"})
