@@ -6,7 +6,8 @@ Two trainings of configs/quickstart.yaml in the same processes: one with all rec
 telemetry.interval: null. They take turns of as many steps as a line has; the time of a turn with records ends when its line is on
 disk, so that nothing of the thread beside training falls into the turn of the other. Printed are the time inside the recorder's
 calls on the training thread over the time of the steps, from the records themselves, and of both kinds of turns the median
-times a step: by the clock, and of the processor for all threads of rank 0, which other processes disturb less. With as many ranks as cores the thread has no core of its own, and its work counts in full.
+times a step: by the clock, and of the processor for all threads of rank 0, which other processes disturb less. With as many ranks
+as cores the thread has no core of its own, and its work counts in full.
 """
 
 import tempfile

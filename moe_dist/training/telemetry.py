@@ -5,7 +5,6 @@ Shape letters: N MoE layers of the model, E experts, G expert-parallel groups of
 
 import time
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -127,13 +126,13 @@ class Telemetry:
         self._began_at, self._tokens = step, 0
         for recorder in recorders.values():
             recorder.own_seconds = 0.0
-        self.worker.submit(partial(self._process, taken))
+        self.worker.submit("what is recorded of steps", self._process, taken)
         self._recorder_seconds = time.perf_counter() - began
 
     def write(self, record: dict[str, Any]) -> None:
         """Append a line to metrics.jsonl behind those of all steps so far, and show it; on rank 0."""
         if self.rank == 0:
-            self.worker.submit(partial(self._write_metrics, record))
+            self.worker.submit("what is recorded of evaluations", self._write_metrics, record)
 
     def flush(self) -> None:
         """Wait until all lines so far are on disk."""
@@ -144,11 +143,7 @@ class Telemetry:
 
     def __exit__(self, kind: type[BaseException] | None, *exception: object) -> None:
         """Write what is left, and close files and sinks."""
-        for sink in self.sinks:
-            self.worker.submit(partial(self.worker.attempt, _name(sink), sink.close))
-        for name, file in self.files.items():
-            self.worker.submit(partial(self.worker.attempt, name, file.close))
-        self.worker.close(in_good_order=kind is None)
+        self.worker.close(kind is None, self._close)
 
     # On the thread.
 
@@ -214,6 +209,11 @@ class Telemetry:
         for line in lines:
             self.worker.attempt("alarms.jsonl", self.files["alarms.jsonl"].write, line)
             self.worker.attempt("the screen", self.display.alarm, line)
+
+    def _close(self) -> None:
+        closing = {_name(sink): sink.close for sink in self.sinks} | {name: f.close for name, f in self.files.items()}
+        for name, close in closing.items():
+            self.worker.attempt(name, close)
 
     def _utilisation(self, tokens_per_second: float) -> float | None:
         engine, on_gpu = self.engine, self.engine.device.type == "cuda"
