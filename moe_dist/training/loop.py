@@ -90,7 +90,7 @@ class Training:
     def _train(self, batches: list[Batch], num_targets: int, num_tokens: int, began: float) -> None:
         training = self.config.training
         rate = learning_rate(training, self.progress.step)
-        self.telemetry.begin_step(self.progress.step, sum(batch.num_tokens() for batch in batches))
+        self.telemetry.begin_step(self.progress.step, batches)
         result = self.engine.train_step(
             batches,
             num_targets,

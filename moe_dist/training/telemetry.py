@@ -13,6 +13,7 @@ import torch.distributed as dist
 from moe_dist.config.layout import moe_layers
 from moe_dist.config.methods import METHODS
 from moe_dist.config.size import flops_per_token
+from moe_dist.engines.batch import Batch
 from moe_dist.engines.engine import Engine, StepResult
 from moe_dist.parallel.groups import telemetry_group
 from moe_dist.telemetry.collect import gather_records, sum_over_ranks
@@ -73,7 +74,7 @@ class Telemetry:
         self.interval = self.config.telemetry.interval
         self.worker = Worker(display.warn)
         self.files: dict[str, RecordFile] = {}
-        self._step, self._began_at, self._tokens = step, step, 0
+        self._began_at, self._tokens = step, 0
         self._recorder_seconds = 0.0
         if self.rank == 0:
             self.files["metrics.jsonl"] = RecordFile(folder.metrics)
@@ -89,8 +90,8 @@ class Telemetry:
         """Whether a line follows after so many steps: every `telemetry.interval`, and after the last."""
         return self.interval is not None and (step % self.interval == 0 or step == self.config.training.steps)
 
-    def begin_step(self, step: int, num_tokens: int) -> None:
-        """Before step `step` (0 is the first), in which this rank routes so many tokens."""
+    def begin_step(self, step: int, batches: list[Batch]) -> None:
+        """Before step `step` (0 is the first), in which this rank reads these."""
         if self.interval is None:
             return
         began = time.perf_counter()
@@ -98,7 +99,7 @@ class Telemetry:
         timed = _is_timed(step - self._began_at, line - self._began_at, self.config.telemetry.timed_steps)
         for recorder in self.engine.recorders.values():
             recorder.begin_step(timed, keep_losses=step + 1 == line)
-        self._tokens += num_tokens
+        self._tokens += sum(batch.num_tokens() for batch in batches)
         self._recorder_seconds += time.perf_counter() - began
 
     def record(self, step: int, seconds: float, learning_rate: float, result: StepResult) -> None:
@@ -149,6 +150,8 @@ class Telemetry:
 
     def _process(self, taken: Taken) -> None:
         attempt = self.worker.attempt
+        if self.engine.device.type == "cuda":
+            torch.cuda.set_device(self.engine.device)  # every thread has its own, and begins with the first
         sums, padded = attempt("the collection over ranks", self._sum, taken) or (None, None)
         own_experts = {number: list(layer.own_experts) for number, layer in self.engine.moe_layers.items()}
         own = load_record(self.rank, taken, own_experts, padded)
@@ -174,9 +177,10 @@ class Telemetry:
         group = self.rank % stage // group_size
         pads = METHODS[config.routing.method].exact or bool(config.routing.capacity and config.routing.capacity.pad)
         shape_NE = len(numbers), config.moe.num_experts
-        parts = {"pairs": torch.zeros(3, *shape_NE), "bias": torch.zeros(shape_NE), "losses": torch.zeros(len(names))}
-        parts = {name: part.double() for name, part in parts.items()}
-        filled_GNE = torch.zeros(stage // group_size if pads and group_size > 1 else 0, *shape_NE)
+        shapes = {"pairs": (3, *shape_NE), "bias": shape_NE, "losses": (len(names),)}
+        shapes["filled"] = (stage // group_size if pads and group_size > 1 else 0, *shape_NE)
+        parts = {name: torch.zeros(shape, dtype=torch.float64) for name, shape in shapes.items()}
+        filled_GNE = parts["filled"]
         for number, counts in taken.counts.items():
             n = numbers.index(number)
             parts["pairs"][:, n] = counts.pairs_3E.cpu()
@@ -186,7 +190,7 @@ class Telemetry:
                 parts["bias"][n] = taken.biases[number].cpu()
         for place, loss in enumerate(taken.losses):
             parts["losses"][place] = loss.cpu() / layout.tensor  # tensor ranks hold the same tokens
-        total = sum_over_ranks(parts | {"filled": filled_GNE}, self.group)
+        total = sum_over_ranks(parts, self.group)
         padded = {}
         for number, counts in taken.counts.items():
             n, experts = numbers.index(number), list(self.engine.moe_layers[number].own_experts)
