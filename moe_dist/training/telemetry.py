@@ -175,7 +175,8 @@ class Telemetry:
         names, numbers = loss_names(config), moe_layers(config)
         stage, group_size = layout.num_ranks // layout.pipeline, layout.expert * layout.expert_tensor
         group = self.rank % stage // group_size
-        pads = METHODS[config.routing.method].exact or bool(config.routing.capacity and config.routing.capacity.pad)
+        fixed = METHODS[config.routing.method].exact or bool(config.routing.capacity and config.routing.capacity.pad)
+        pads = fixed and layout.tensor == 1  # a share of the tokens travels without empty rows
         shape_NE = len(numbers), config.moe.num_experts
         shapes = {"pairs": (3, *shape_NE), "bias": shape_NE, "losses": (len(names),)}
         shapes["filled"] = (stage // group_size if pads and group_size > 1 else 0, *shape_NE)
