@@ -7,12 +7,12 @@ from typing import Any
 import torch
 
 from moe_dist import __version__
-from moe_dist.config.layout import owner_of_expert
+from moe_dist.config.layout import moe_layers, owner_of_expert
 from moe_dist.config.size import size_of
 from moe_dist.placement import ExpertMap
 from moe_dist.telemetry.records import read_records
 from moe_dist.training.loop import Training
-from moe_dist.training.screen import load_table
+from moe_dist.training.screen import Screen, load_table
 
 
 def summarise(training: Training) -> dict[str, Any]:
@@ -45,11 +45,11 @@ def finish(training: Training) -> None:
     """Write summary.json and show where a run ended; on rank 0, behind the progress bar."""
     summary = summarise(training)
     (training.folder.path / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
-    assert training.screen is not None
+    assert isinstance(training.screen, Screen)
     console = training.screen.console
     if training.final_load_NE is not None:
         expert_map = ExpertMap.from_owners(owner_of_expert(training.config))
-        console.print(load_table(training.final_load_NE, list(training.engine.moe_layers), expert_map))
+        console.print(load_table(training.final_load_NE, moe_layers(training.config), expert_map))
     if summary["evaluation"]:
         evaluation = summary["evaluation"]
         console.print(

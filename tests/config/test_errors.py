@@ -107,8 +107,8 @@ MESSAGES = [
     ),
     # Sections.
     (
-        {"training": {"schedule": 3}},
-        "training.schedule: 3 is not valid; it should be a section with name, warmup_steps, final_fraction",
+        {"training": {"checkpoint": 3}},
+        "training.checkpoint: 3 is not valid; it should be a section with interval, keep",
     ),
     (
         {"routing": {"capacity": 1.25}},
