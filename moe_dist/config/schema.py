@@ -185,11 +185,22 @@ class TrainingConfig(Section):
     checkpoint: CheckpointConfig = CheckpointConfig()
 
 
+class ProfileConfig(Section):
+    """Traces by torch.profiler."""
+
+    steps: tuple[PositiveInt, PositiveInt] | None = None
+    """First and last of the steps (from 1) that every rank traces into DIR/profile; DIR/profile/timeline.json.gz then has
+    all ranks. null: none."""
+
+
 class TelemetryConfig(Section):
     """Records in DIR."""
 
     interval: PositiveInt = 10
     """Steps between lines of metrics.jsonl and load/rank_*.jsonl."""
+    alarms: Switch = True
+    """Judge every logging step: collapsed routing, dead experts, slow ranks and others (docs/alarms.md)."""
+    profile: ProfileConfig = ProfileConfig()
 
 
 class EngineConfig(Section):
