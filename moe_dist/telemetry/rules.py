@@ -16,7 +16,6 @@ from moe_dist.telemetry.interval import Interval
 
 GPU_KEYS = ("gpu_percent", "gpu_memory_used", "power_watts", "temperature_celsius", "sm_clock_mhz")
 
-_SCORE_RANGE = {"softmax": 1.0, "softmax_top_k": 1.0, "sigmoid": 1.0, "sqrt_softplus": 2.0}  # the last has no bound
 _SLOW_GPU, _SLOW_CPU = (
     (1.25, 0.05),
     (2.5, 0.15),
@@ -111,25 +110,33 @@ def rising_drop_rate(interval: Interval, config: Config, memory: Memory) -> Iter
 def diverging_bias(interval: Interval, config: Config, memory: Memory) -> Iterator[Finding]:
     """How far the bias is out of bounds; 1 is the limit of the larger of two measures.
 
-    Range: largest less smallest bias over the range of the scores (that of a factor: 2), limit 1.5. Overshoot: MaxVio of one
-    step less that of at least ten steps together, over E / K - 1; limit 0.5. A bias that moves too far at every step
-    overloads other experts each time, which evens out over the steps.
+    Range: largest less smallest bias over the range of the scores, limit 1.5. Overshoot: MaxVio of one step less that of at
+    least ten steps together, over E / K - 1, limit 0.5: a bias that moves too far at every step overloads other experts each
+    time, which evens out over the steps. It counts where a move is at least a twentieth of a typical score: a router that
+    learns too fast looks the same.
     """
-    if config.routing.bias.rule == "none":
+    bias, top_k = config.routing.bias, config.routing.top_k
+    if bias.rule == "none":
         return
-    scores = 2.0 if config.routing.bias.rule == "multiplicative" else _SCORE_RANGE[config.routing.score]
     for layer, balance in _layers(interval):
         load_E, in_a_step, num_steps = _ten_steps(interval, balance, memory.setdefault(layer, []))
-        most = len(load_E) / config.routing.top_k - 1
-        if load_E.sum() == 0 or most <= 0:
+        num_experts = len(load_E)
+        if load_E.sum() == 0 or num_experts <= top_k:
             continue
+        largest, typical = {"softmax": (1, 1 / num_experts), "sigmoid": (1, 0.5), "sqrt_softplus": (2, 0.8)}[
+            "softmax" if config.routing.score == "softmax_top_k" else config.routing.score
+        ]
+        if bias.rule == "multiplicative":  # a factor
+            largest, typical = 2, 1
         together = load_E.max() / load_E.mean() - 1
-        overshoot = (in_a_step - together) / most
+        overshoot = (in_a_step - together) / (num_experts / top_k - 1)
+        if bias.rule == "quantile" or bias.rate < typical / 20:
+            overshoot = 0
         message = (
             f"the bias of layer {layer} has a range of {balance['bias_range']:.2f}; MaxVio of a step is {in_a_step:.2f}, of "
             f"{num_steps} steps together {together:.2f}"
         )
-        yield Finding(float(max(balance["bias_range"] / scores / 1.5, overshoot / 0.5)), message, layer)
+        yield Finding(float(max(balance["bias_range"] / largest / 1.5, overshoot / 0.5)), message, layer)
 
 
 def slow_rank(interval: Interval, config: Config, memory: Memory) -> Iterator[Finding]:
