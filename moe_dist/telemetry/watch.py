@@ -123,7 +123,9 @@ class Watched:
         if age < expected:
             return State("live", "live")
         writes = _is_written(self.path / "metrics.jsonl")
-        where = "its process is there" if writes else "no process of this machine writes here: ended, or on another machine"
+        where = (
+            "its process is there" if writes else "no process of this machine writes here: ended, or on another machine"
+        )
         minutes, seconds = divmod(int(age), 60)
         return State("silent", f"no news for {minutes}:{seconds:02d}; {where}")
 
@@ -175,7 +177,7 @@ def _is_written(path: Path) -> bool:
     target = str(path.resolve())
     for process in psutil.process_iter():
         try:
-            if any(file.path == target for file in process.open_files()):
+            if any(file.path == target and getattr(file, "mode", "a") != "r" for file in process.open_files()):
                 return True
         except psutil.Error:
             continue
