@@ -83,7 +83,7 @@ RULES = (
         rules.throttled_gpu,
         limit=1.0,
         clear=0.5,
-        meaning="1 while the hardware slows the GPU of a rank down",
+        meaning="1 while heat or its power supply slow the GPU of a rank down",
         remedy="nvidia-smi -q -d PERFORMANCE on its node names the reason: see to the cooling or the power supply",
     ),
     Rule(
@@ -204,8 +204,8 @@ def show(alarm: dict[str, Any], console: Console) -> None:
     if alarm["state"] == "cleared":
         console.print(f"step {alarm['step']}: alarm cleared: {name}", style="green", soft_wrap=True, markup=False)
     elif console.is_terminal:
-        text = Text.assemble((alarm["message"], "bold"), f". Remedy: {alarm['remedy']}")
-        console.print(Panel(text, title=f"{name} · step {alarm['step']}", title_align="left", border_style="red"))
+        content = Text.assemble((alarm["message"], "bold"), f". Remedy: {alarm['remedy']}")
+        console.print(Panel(content, title=f"{name} · step {alarm['step']}", title_align="left", border_style="red"))
     else:
         text = f"step {alarm['step']}: alarm: {name}: {alarm['message']}. Remedy: {alarm['remedy']}"
         console.print(text, soft_wrap=True, markup=False)

@@ -16,6 +16,7 @@ from moe_dist.telemetry.interval import Interval
 
 GPU_KEYS = ("gpu_percent", "gpu_memory_used", "power_watts", "temperature_celsius", "sm_clock_mhz")
 
+_THROTTLED = {"thermal", "hardware_thermal", "hardware_slowdown", "power_brake"}
 _SLOW_GPU, _SLOW_CPU = (
     (1.25, 0.05),
     (2.5, 0.15),
@@ -168,20 +169,18 @@ def slow_rank(interval: Interval, config: Config, memory: Memory) -> Iterator[Fi
 
 
 def throttled_gpu(interval: Interval, config: Config, memory: Memory) -> Iterator[Finding]:
-    """1 while the hardware slows the GPU down (heat, power brake), else 0."""
+    """1 while heat or power supply slow the GPU down, else 0. The power limit, which a busy GPU often meets, is no fault."""
     for record in interval.ranks or ():
-        if (throttled := (record.get("hardware") or {}).get("throttled")) is not None:
-            yield Finding(
-                float(throttled),
-                f"the GPU of rank {record['rank']} is slowed down by its hardware",
-                rank=record["rank"],
-            )
+        if (reasons := (record["hardware"] or {}).get("throttle_reasons")) is not None:
+            faults = sorted(_THROTTLED & set(reasons))
+            message = f"the GPU of rank {record['rank']} is slowed down: {', '.join(faults)}"
+            yield Finding(float(bool(faults)), message, rank=record["rank"])
 
 
 def lost_gpu(interval: Interval, config: Config, memory: Memory) -> Iterator[Finding]:
     """1 when a GPU that answered no longer does, else 0."""
     for record in interval.ranks or ():
-        hardware = record.get("hardware") or {}
+        hardware = record["hardware"] or {}
         answers = any(hardware.get(key) is not None for key in GPU_KEYS)
         seen = memory[record["rank"]] = memory.get(record["rank"], False) or answers
         if seen:
@@ -190,8 +189,9 @@ def lost_gpu(interval: Interval, config: Config, memory: Memory) -> Iterator[Fin
 
 
 def _layers(interval: Interval) -> Iterator[tuple[int, dict[str, Any]]]:
-    balance = (interval.metrics or {}).get("balance", {"layers": {}})
-    return ((int(layer), values) for layer, values in balance["layers"].items())
+    """Numbers of each layer over all ranks; none where their collection failed."""
+    layers = interval.metrics["balance"]["layers"] if interval.metrics else {}
+    return ((int(number), layer) for number, layer in layers.items() if "load" in layer)
 
 
 def _ten_steps(

@@ -83,7 +83,7 @@ class Watched:
             if "loss" in line:
                 self.last = line
                 loss = float("nan") if line["loss"] is None else line["loss"]
-                self.history.append((line["step"], loss, line["balance"]["mean"]["max_vio_global"]))
+                self.history.append((line["step"], loss, line["balance"]["mean"].get("max_vio_global", float("nan"))))
             else:
                 self.evaluation = line
         anew, lines = self._alarms.new()

@@ -29,7 +29,9 @@ def picture(watched: Watched, width: int, height: int | None = None, now: float 
     parts = [_header(watched, width, now), *_alarms(watched)]
     if watched.last is not None:
         room = None if height is None else max(3, height - 12 - 5 * len(parts) - min(len(watched.ranks), MOST_RANKS))
-        parts += [_curves(watched, width), _heat_map(watched.last, width, room)]
+        parts.append(_curves(watched, width))
+        if all("load" in layer for layer in watched.last["balance"]["layers"].values()):
+            parts.append(_heat_map(watched.last, width, room))
     if watched.ranks:
         parts.append(_ranks(watched, width, height is None))
     return Group(*parts)
@@ -146,7 +148,9 @@ def _ranks(watched: Watched, width: int, all_of_them: bool) -> Table:
     num_hidden = 0 if all_of_them else max(0, len(records) - MOST_RANKS)
     if num_hidden:
         records = records[: MOST_RANKS // 2] + records[-MOST_RANKS // 2 :]
-    title = f"ranks, milliseconds and rows of a step{f'; {num_hidden} between slowest and fastest left out' if num_hidden else ''}"
+    title = "ranks, milliseconds and rows of a step"
+    if num_hidden:
+        title += f"; {num_hidden} between slowest and fastest left out"
     table = Table(title=title, title_justify="left", box=None, pad_edge=False, padding=(0, 2, 0, 0))
     columns = _COLUMNS if width >= WIDE else [column for column in _COLUMNS if column[0] not in _WIDE]
     for heading, _ in columns:

@@ -17,6 +17,7 @@ from moe_dist.config.methods import METHODS
 from moe_dist.engines.batch import Batch
 from moe_dist.engines.engine import StepResult
 from moe_dist.engines.registry import build_engine
+from moe_dist.telemetry.profile import Profile
 from moe_dist.telemetry.records import RecordFile
 from moe_dist.training.checkpoint import load_checkpoint, save_checkpoint
 from moe_dist.training.data import Data
@@ -69,6 +70,9 @@ class Training:
     def run(self) -> Progress:
         """Train to `training.steps`, or to the step at which a signal comes to any rank; save at the end."""
         num_steps, progress = self.config.training.steps, self.progress
+        profile = Profile(
+            self.config.telemetry.profile.steps, dict(self.engine.moe_layers), self.folder.path / "profile"
+        )
         with StopRequest() as stop, self._on_screen():
             while progress.step < num_steps:
                 began = time.perf_counter()
@@ -79,7 +83,9 @@ class Training:
                 if stop_requests:
                     progress.stopped = stop.number or signal.SIGTERM
                     break
-                self._step(batches, num_targets, num_tokens, began)
+                with profile.step(progress.step + 1):
+                    self._step(batches, num_targets, num_tokens, began)
+            profile.finish()
             if self._saved_step != progress.step:
                 self._save()
         return progress

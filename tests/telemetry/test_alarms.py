@@ -54,7 +54,7 @@ def interval(
             "layers": {
                 "1": {"computed": rows[rank], "seconds": {"experts": experts[rank], "dispatch": dispatch[rank]}}
             },
-            "hardware": (hardware or {}).get(rank, {"gpu_percent": 90.0, "throttled": 0}),
+            "hardware": (hardware or {}).get(rank, {"gpu_percent": 90.0, "throttle_reasons": ["power_cap"]}),
         }
         for rank in range(4)
     ]
@@ -84,8 +84,12 @@ FAULTS: dict[str, tuple[str, dict[str, Any], tuple[int | None, int | None, int |
     ),
     "slow GPU": ("slow_rank", {"experts": (0.01, 0.013, 0.01, 0.01), "device_peak": 10**9}, (None, None, 1)),
     "late rank": ("slow_rank", {"dispatch": (0.2, 0.2, 0.2, 0.02)}, (None, None, 3)),
-    "throttled GPU": ("throttled_gpu", {"hardware": {1: {"gpu_percent": 90.0, "throttled": 1}}}, (None, None, 1)),
-    "lost GPU": ("lost_gpu", {"hardware": {3: {"gpu_percent": None, "throttled": None}}}, (None, None, 3)),
+    "throttled GPU": (
+        "throttled_gpu",
+        {"hardware": {1: {"gpu_percent": 90.0, "throttle_reasons": ["power_cap", "thermal"]}}},
+        (None, None, 1),
+    ),
+    "lost GPU": ("lost_gpu", {"hardware": {3: {"gpu_percent": None, "throttle_reasons": None}}}, (None, None, 3)),
 }
 
 
@@ -127,6 +131,11 @@ def test_faults_from_the_start_are_raised_too() -> None:
 )
 def test_no_alarm_without_a_fault(healthy: dict[str, Any]) -> None:
     assert judged([interval(n, **healthy) for n in range(1, 40)]) == []
+
+
+def test_an_interval_without_the_sums_over_ranks_is_passed_over() -> None:
+    lacking = Interval(interval(1).own, {"balance": {"layers": {"1": {"max_vio_batch": 0.1}}}}, None)
+    assert judged([lacking, Interval(lacking.own)]) == []
 
 
 def test_a_single_bad_interval_is_no_alarm() -> None:
@@ -246,7 +255,7 @@ def test_a_box_on_a_terminal_and_a_line_elsewhere() -> None:
         texts.append(console.file.getvalue())  # type: ignore[attr-defined]
     box, plain = texts
     assert "╭─ throttled gpu · step 30 " in box
-    assert "the GPU of rank 1 is slowed down by its hardware" in box
+    assert "the GPU of rank 1 is slowed down: thermal" in box
     assert plain.splitlines() == [
         f"step 30: alarm: throttled gpu: {raised['message']}. Remedy: {raised['remedy']}",
         "step 30: alarm cleared: throttled gpu",
