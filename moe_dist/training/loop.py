@@ -60,6 +60,7 @@ class Training:
         dist.barrier()
         self.metrics = RecordFile(folder.metrics) if dist.get_rank() == 0 else None
         self.load_records = RecordFile(folder.load_records(dist.get_rank()))
+        self.profile = Profile(config.telemetry.profile.steps, dict(self.engine.moe_layers), folder.path / "profile")
         self.screen: Screen | None = None
         self.final_load_NE: torch.Tensor | None = None
         """Load over the last tenth of the steps, all ranks."""
@@ -70,9 +71,6 @@ class Training:
     def run(self) -> Progress:
         """Train to `training.steps`, or to the step at which a signal comes to any rank; save at the end."""
         num_steps, progress = self.config.training.steps, self.progress
-        profile = Profile(
-            self.config.telemetry.profile.steps, dict(self.engine.moe_layers), self.folder.path / "profile"
-        )
         with StopRequest() as stop, self._on_screen():
             while progress.step < num_steps:
                 began = time.perf_counter()
@@ -83,9 +81,9 @@ class Training:
                 if stop_requests:
                     progress.stopped = stop.number or signal.SIGTERM
                     break
-                with profile.step(progress.step + 1):
+                with self.profile.step(progress.step + 1):
                     self._step(batches, num_targets, num_tokens, began)
-            profile.finish()
+            self.profile.finish()
             if self._saved_step != progress.step:
                 self._save()
         return progress
