@@ -1,5 +1,6 @@
 """Traces of a few steps by torch.profiler, one file a rank, with named ranges for the stages of every MoE layer."""
 
+import sys
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -58,21 +59,34 @@ class Profile:
             self.finish()
 
     def finish(self) -> None:
-        """Write what has been traced, where a run ends before `last`; collective."""
+        """Write what has been traced, where a run ends before `last`; collective. What cannot be written costs a warning."""
         global _profiling
         if self._profiler is None:
             return
         _profiling = False
         self._profiler.stop()
-        self._folder.mkdir(parents=True, exist_ok=True)
-        self._profiler.export_chrome_trace(str(self._folder / f"rank_{dist.get_rank():05d}.json.gz"))
+        self._attempt(self._export)
         self._profiler = None
         _meet()
         if dist.get_rank() == 0:
-            merge_traces(self._folder)
+            self._attempt(merge_traces, self._folder)
+
+    def _export(self) -> None:
+        assert self._profiler is not None
+        self._folder.mkdir(parents=True, exist_ok=True)
+        self._profiler.export_chrome_trace(str(self._folder / f"rank_{dist.get_rank():05d}.json.gz"))
+
+    def _attempt(self, function: Callable[..., object], *args: object) -> None:
+        try:
+            function(*args)
+        except Exception as error:  # a full disk, say: no reason to end the run
+            print(f"moe-dist: rank {dist.get_rank()}: profile not written: {error}", file=sys.stderr, flush=True)
 
     def _start(self) -> None:
         global _profiling
+        if dist.get_rank() == 0:
+            for path in self._folder.glob("rank_*.json.gz"):  # of an earlier run, perhaps on more ranks
+                path.unlink()
         activities = [ProfilerActivity.CPU]
         if torch.cuda.is_available():
             activities.append(ProfilerActivity.CUDA)

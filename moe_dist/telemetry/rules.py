@@ -17,10 +17,8 @@ from moe_dist.telemetry.interval import Interval
 GPU_KEYS = ("gpu_percent", "gpu_memory_used", "power_watts", "temperature_celsius", "sm_clock_mhz")
 
 _THROTTLED = {"thermal", "hardware_thermal", "hardware_slowdown", "power_brake"}
-_SLOW_GPU, _SLOW_CPU = (
-    (1.25, 0.05),
-    (2.5, 0.15),
-)  # times the others, share of a step; CPUs are shared with other programs
+_SLOW_GPU, _SLOW_CPU = (1.25, 0.05), (2.5, 0.15)
+"""Times as slow as the others, and share of a step that they wait. CPUs are shared with other programs."""
 
 
 @dataclass(frozen=True)
@@ -75,8 +73,8 @@ def routing_collapse(interval: Interval, config: Config, memory: Memory) -> Iter
         value = max(largest, (num_experts - effective) / (num_experts - top_k))
         expert = int(share_E.argmax())
         message = (
-            f"expert {expert} of layer {layer} gets {share_E[expert]:.0%} of all pairs; the loads are worth "
-            f"{effective:.1f} equal experts of {num_experts}"
+            f"expert {expert} of layer {layer} gets {share_E[expert]:.0%} of all pairs ({1 / num_experts:.0%} is even); the "
+            f"layer works as if it had {effective:.1f} equal experts of {num_experts}"
         )
         yield Finding(float(value), message, layer, expert)
 
@@ -119,25 +117,21 @@ def diverging_bias(interval: Interval, config: Config, memory: Memory) -> Iterat
     bias, top_k = config.routing.bias, config.routing.top_k
     if bias.rule == "none":
         return
+    score_range, typical_score = _scores(config)
     for layer, balance in _layers(interval):
         load_E, in_a_step, num_steps = _ten_steps(interval, balance, memory.setdefault(layer, []))
         num_experts = len(load_E)
         if load_E.sum() == 0 or num_experts <= top_k:
             continue
-        largest, typical = {"softmax": (1, 1 / num_experts), "sigmoid": (1, 0.5), "sqrt_softplus": (2, 0.8)}[
-            "softmax" if config.routing.score == "softmax_top_k" else config.routing.score
-        ]
-        if bias.rule == "multiplicative":  # a factor
-            largest, typical = 2, 1
         together = load_E.max() / load_E.mean() - 1
         overshoot = (in_a_step - together) / (num_experts / top_k - 1)
-        if bias.rule == "quantile" or bias.rate < typical / 20:
+        if bias.rule == "quantile" or bias.rate < typical_score / 20:
             overshoot = 0
         message = (
             f"the bias of layer {layer} has a range of {balance['bias_range']:.2f}; MaxVio of a step is {in_a_step:.2f}, of "
             f"{num_steps} steps together {together:.2f}"
         )
-        yield Finding(float(max(balance["bias_range"] / largest / 1.5, overshoot / 0.5)), message, layer)
+        yield Finding(float(max(balance["bias_range"] / score_range / 1.5, overshoot / 0.5)), message, layer)
 
 
 def slow_rank(interval: Interval, config: Config, memory: Memory) -> Iterator[Finding]:
@@ -186,6 +180,17 @@ def lost_gpu(interval: Interval, config: Config, memory: Memory) -> Iterator[Fin
         if seen:
             message = f"the GPU of rank {record['rank']} no longer answers"
             yield Finding(float(not answers), message, rank=record["rank"])
+
+
+def _scores(config: Config) -> tuple[float, float]:
+    """Range and typical value of what the bias is added to; of a factor, which it may be instead."""
+    if config.routing.bias.rule == "multiplicative":
+        return 2.0, 1.0
+    if config.routing.score == "sigmoid":
+        return 1.0, 0.5
+    if config.routing.score == "sqrt_softplus":  # has no bound; 2 is the score of a logit of 4
+        return 2.0, 0.8
+    return 1.0, 1 / config.moe.num_experts
 
 
 def _layers(interval: Interval) -> Iterator[tuple[int, dict[str, Any]]]:

@@ -74,11 +74,11 @@ class Watched:
 
     def update(self) -> None:
         """Read what is new."""
-        self.config = _read(self.path / "config.yaml", yaml.safe_load) or {}
-        self.summary = _read(self.path / "summary.json", json.loads)
         anew, lines = self._metrics.new()
         if anew:
-            self.history, self.last, self.evaluation = [], None, None
+            self.history, self.last, self.evaluation, self.config = [], None, None, {}
+        self.config = self.config or _read(self.path / "config.yaml", yaml.safe_load) or {}
+        self.summary = _read(self.path / "summary.json", json.loads)
         for line in lines:
             if "loss" in line:
                 self.last = line

@@ -195,6 +195,14 @@ def test_a_run_that_is_stopped_writes_what_it_has(tmp_path: Path) -> None:
     assert steps == {"step 2": 2, "step 3": 2}
 
 
+def test_a_profile_that_cannot_be_written_does_not_end_the_run(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "profile").write_text("a file in its place")
+    overrides = ["training.steps=2", "telemetry.profile.steps=[1, 1]", "telemetry.interval=2"]
+    assert run_ranks(1, train, write_config(tmp_path), overrides, tmp_path / "run") == [True]
+    assert (tmp_path / "run" / "metrics.jsonl").exists()
+
+
 @pytest.mark.parametrize("steps", ["[3, 2]", "[1, 9]"])
 def test_steps_that_cannot_be(steps: str, tmp_path: Path) -> None:
     with pytest.raises(
