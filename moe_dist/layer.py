@@ -23,6 +23,7 @@ from moe_dist.parallel.traffic import Traffic, counting
 from moe_dist.placement import WIDTH_DIMENSION, ExpertMap
 from moe_dist.routing import Routing, Tokens, build_router
 from moe_dist.routing.losses import attach_losses
+from moe_dist.telemetry.profile import named_ranges
 from moe_dist.telemetry.recorder import LayerRecorder
 
 
@@ -110,7 +111,7 @@ class MoELayer(nn.Module):
         hidden_TH = hidden.reshape(-1, hidden.shape[-1])
         tokens = tokens or Tokens(num_sequences=max(1, hidden.shape[0]) if hidden.dim() == 3 else 1)
         recorder = self.recorder if self.recorder is not None and self.router.balance.counts_now() else None
-        stage = recorder.stage if recorder is not None and recorder.timed else untimed
+        stage = named_ranges(recorder.stage if recorder is not None and recorder.timed else untimed)
         with stage("route"):
             chosen = self.router(hidden_TH, tokens)
             routing = attach_losses(chosen, tokens.share * tokens.gradient_scale)

@@ -27,6 +27,7 @@ def check(config: Config, num_ranks: int | None = None) -> None:
         *routing_problems(config.routing, config.moe.num_experts),
         *_data(config),
         *_training(config),
+        *_profile(config),
         *_backend(config),
         *_dispatch(config),
         *_telemetry(config),
@@ -95,6 +96,15 @@ def _paths(data: DataConfig) -> Iterator[str]:
             yield f"data.paths: there is no file or folder {name!r} in {str(Path.cwd())!r}"
         elif path.is_dir() and not any(file.name.endswith(tuple(data.suffixes)) for file in path.rglob("*")):
             yield f"data.paths: {name!r} holds no file whose name ends as data.suffixes = {show(data.suffixes)} say"
+
+
+def _profile(config: Config) -> Iterator[str]:
+    steps, num_steps = config.telemetry.profile.steps, config.training.steps
+    if steps is not None and not steps[0] <= steps[1] <= num_steps:
+        yield (
+            f"telemetry.profile.steps: {show(list(steps))} is not valid; give the first and the last step to trace, of "
+            f"training.steps = {num_steps}"
+        )
 
 
 def _training(config: Config) -> Iterator[str]:

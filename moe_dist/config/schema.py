@@ -211,6 +211,14 @@ class WandbConfig(Section):
     """offline: to DIR/wandb only; `wandb sync` uploads it later."""
 
 
+class ProfileConfig(Section):
+    """Traces by torch.profiler."""
+
+    steps: tuple[PositiveInt, PositiveInt] | None = None
+    """First and last of the steps (from 1) that every rank traces into DIR/profile; DIR/profile/timeline.json.gz then has
+    all ranks. null: none."""
+
+
 class TelemetryConfig(Section):
     """Records in DIR, and who else gets them (docs/monitoring.md)."""
 
@@ -222,6 +230,9 @@ class TelemetryConfig(Section):
     peak_flops: PositiveFloat | None = None
     """FLOP/s of one device at this precision, for the model FLOP/s utilisation. Default: in bfloat16 what the makers of common
     GPUs give for dense matrices; of others no utilisation is recorded."""
+    alarms: Switch = True
+    """Judge every logging step: collapsed routing, dead experts, slow ranks and others (docs/alarms.md)."""
+    profile: ProfileConfig = ProfileConfig()
     tensorboard: Switch = False
     """Write event files for TensorBoard to DIR/tensorboard."""
     prometheus: PrometheusConfig | None = None

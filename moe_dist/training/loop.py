@@ -15,6 +15,12 @@ from moe_dist.config.methods import METHODS
 from moe_dist.engines.batch import Batch
 from moe_dist.engines.engine import StepResult
 from moe_dist.engines.registry import build_engine
+from moe_dist.parallel.environment import read_environment
+from moe_dist.telemetry.alarms import Alarms
+from moe_dist.telemetry.hardware import HardwareSampler, gpu_uuid
+from moe_dist.telemetry.profile import Profile
+from moe_dist.telemetry.records import read_records
+from moe_dist.telemetry.sinks import make_sinks
 from moe_dist.training.checkpoint import load_checkpoint, save_checkpoint
 from moe_dist.training.data import Data
 from moe_dist.training.folder import RunFolder, prepare_folder
@@ -57,18 +63,31 @@ class Training:
         dist.barrier()
         first_step = self.progress.step
         self.screen = Screen(config.training.steps, first_step) if dist.get_rank() == 0 else Silence()
-        self.telemetry = Telemetry(self.engine, folder, first_step, self.screen)
+        self.telemetry = self._make_telemetry(first_step)
+        self.profile = Profile(config.telemetry.profile.steps, dict(self.engine.moe_layers), folder.path / "profile")
         self.final_load_NE: torch.Tensor | None = None
         """Load over the last tenth of the steps, all ranks."""
         self._skipped_in_a_row = 0
         self._recorded_seconds = 0.0
         self._saved_step = self.progress.step if folder.checkpoint else None
 
+    def _make_telemetry(self, first_step: int) -> Telemetry:
+        """With everything that the config asks for. Collective."""
+        config, warn, rank = self.config, self.screen.warn, dist.get_rank()
+        local_rank = read_environment().local_rank
+        sampler = HardwareSampler(gpu_uuid(self.engine.device), warn, first_of_node=local_rank == 0)
+        alarms = None
+        if config.telemetry.alarms and rank == 0:
+            alarms = Alarms(config, read_records(self.folder.alarms) if self.folder.alarms.exists() else ())
+        sinks = make_sinks(config.telemetry, self.folder.path, rank, local_rank, warn)
+        return Telemetry(self.engine, self.folder, first_step, self.screen, sinks, sampler.sample, alarms)
+
     def run(self) -> Progress:
         """Train to `training.steps`, or to the step at which a signal comes to any rank; save at the end."""
         with StopRequest() as stop, self.screen, self.telemetry:
             while self.progress.step < self.config.training.steps and self.step(stop):
                 pass
+            self.profile.finish()
             if self._saved_step != self.progress.step:
                 self._save()
         return self.progress
@@ -84,7 +103,8 @@ class Training:
         if stop_requests:
             progress.stopped = number or signal.SIGTERM
             return False
-        self._train(batches, num_targets, num_tokens, began)
+        with self.profile.step(progress.step + 1):
+            self._train(batches, num_targets, num_tokens, began)
         return True
 
     def _train(self, batches: list[Batch], num_targets: int, num_tokens: int, began: float) -> None:

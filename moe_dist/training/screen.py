@@ -10,13 +10,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from rich.console import Console
-from rich.panel import Panel
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
-from rich.text import Text
 
 from moe_dist.placement import ExpertMap
 from moe_dist.routing.metrics import max_vio, noise_floor
+from moe_dist.telemetry.alarms import show as show_alarm
 
 MOST_ROWS = 32
 """Experts up to which each has a row in the table."""
@@ -74,10 +73,7 @@ class Screen:
 
     def alarm(self, line: dict[str, Any]) -> None:
         """A line of alarms.jsonl, in a box."""
-        color = "red" if line["state"] == "raised" else "green"
-        text = f"{line['message']}\n{line['remedy']}" if line["state"] == "raised" else line["message"]
-        title = f"step {line['step']}: {line['alarm']} {line['state']}"
-        self.console.print(Panel(Text(text), title=title, title_align="left", border_style=color, expand=False))
+        show_alarm(line, self.console)
 
     def _time_left(self, step: int) -> str:
         per_step = (time.monotonic() - self._began) / max(1, step - self._first_step)

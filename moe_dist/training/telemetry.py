@@ -16,9 +16,11 @@ from moe_dist.config.size import flops_per_token
 from moe_dist.engines.batch import Batch
 from moe_dist.engines.engine import Engine, StepResult
 from moe_dist.parallel.groups import telemetry_group
+from moe_dist.telemetry.alarms import Alarms
 from moe_dist.telemetry.collect import gather_records, sum_over_ranks
 from moe_dist.telemetry.interval import Interval
 from moe_dist.telemetry.records import RecordFile
+from moe_dist.telemetry.sinks import Guarded, Sink
 from moe_dist.telemetry.thread import Worker
 from moe_dist.telemetry.utilisation import peak_flops, utilisation
 from moe_dist.training.folder import RunFolder
@@ -26,13 +28,6 @@ from moe_dist.training.records import Sums, Taken, load_record, loss_names, metr
 
 ROOM, ROOM_OF_LAYER = 8192, 320
 """Bytes of `rank_summary` as JSON, at most: hardware included, and of each layer."""
-
-
-class Sink(Protocol):
-    """Who shows or keeps intervals. What it raises costs one warning, and it is not called again."""
-
-    def write(self, interval: Interval) -> None: ...
-    def close(self) -> None: ...
 
 
 class Display(Protocol):
@@ -58,7 +53,7 @@ class Telemetry:
         display: Display,
         sinks: Sequence[Sink] = (),
         sample: Callable[[], dict[str, Any] | None] = lambda: None,
-        judge: Callable[[Interval], list[dict[str, Any]]] = lambda interval: [],
+        alarms: Alarms | None = None,
     ) -> None:
         """Collective.
 
@@ -66,10 +61,10 @@ class Telemetry:
             step: steps done already.
             sinks: get every interval of this rank.
             sample: counters of this rank's hardware.
-            judge: on rank 0, the alarms that an interval raises or clears, as lines of alarms.jsonl.
+            alarms: judge every interval, on rank 0; None: nobody does.
         """
         self.engine, self.config, self.folder, self.display = engine, engine.config, folder, display
-        self.sinks, self.sample, self.judge = list(sinks), sample, judge
+        self.sinks, self.sample, self.alarms = Guarded(list(sinks), display.warn), sample, alarms
         self.rank = dist.get_rank()
         self.interval = self.config.telemetry.interval
         self.worker = Worker(display.warn)
@@ -133,7 +128,7 @@ class Telemetry:
     def write(self, record: dict[str, Any]) -> None:
         """Append a line to metrics.jsonl behind those of all steps so far, and show it; on rank 0."""
         if self.rank == 0:
-            self.worker.submit("what is recorded of evaluations", self._write_metrics, record)
+            self.worker.submit("what is recorded of evaluations", self._write_evaluation, record)
 
     def flush(self) -> None:
         """Wait until all lines so far are on disk."""
@@ -163,11 +158,10 @@ class Telemetry:
             metrics = metrics_record(self.config, taken, sums, self._utilisation)
             self._write_metrics(metrics)
         interval = Interval(own, metrics, ranks)
-        if self.rank == 0:
-            interval.alarms.extend(attempt("alarms", self.judge, interval) or [])
+        if self.alarms is not None:
+            interval.alarms.extend(attempt("alarms", self.alarms.judge, interval) or [])
             self._write_alarms(interval.alarms)
-        for sink in self.sinks:
-            attempt(_name(sink), sink.write, interval)
+        self.sinks.write(interval)
 
     def _sum(self, taken: Taken) -> tuple[Sums, dict[int, list[int]]]:
         """Over all ranks; and how many rows of this rank's experts were empty, which other ranks know."""
@@ -211,15 +205,19 @@ class Telemetry:
         self.worker.attempt("metrics.jsonl", self.files["metrics.jsonl"].write, record)
         self.worker.attempt("the screen", self.display.show, record)
 
+    def _write_evaluation(self, record: dict[str, Any]) -> None:
+        self._write_metrics(record)
+        self.sinks.write(Interval({}, record))
+
     def _write_alarms(self, lines: list[dict[str, Any]]) -> None:
         for line in lines:
             self.worker.attempt("alarms.jsonl", self.files["alarms.jsonl"].write, line)
             self.worker.attempt("the screen", self.display.alarm, line)
 
     def _close(self) -> None:
-        closing = {_name(sink): sink.close for sink in self.sinks} | {name: f.close for name, f in self.files.items()}
-        for name, close in closing.items():
-            self.worker.attempt(name, close)
+        self.sinks.close()
+        for name, file in self.files.items():
+            self.worker.attempt(name, file.close)
 
     def _utilisation(self, tokens_per_second: float) -> float | None:
         engine, on_gpu = self.engine, self.engine.device.type == "cuda"
@@ -240,7 +238,3 @@ def _device_peak(device: torch.device) -> int | None:
     peak = torch.cuda.max_memory_allocated(device)
     torch.cuda.reset_peak_memory_stats(device)
     return peak
-
-
-def _name(sink: Sink) -> str:
-    return type(sink).__name__

@@ -17,7 +17,7 @@ MESSAGES = [
         {"training": {"batch_size": 1}},
         "training.batch_size: unknown key; did you mean training.global_batch_size or training.micro_batch_size?",
     ),
-    ({"steps": 3}, "steps: unknown key; did you mean training.steps?"),
+    ({"steps": 3}, "steps: unknown key; did you mean training.steps or telemetry.profile.steps?"),
     ({"moe": {"top_k": 2}}, "moe.top_k: unknown key; did you mean routing.top_k?"),
     (
         {"moe": {"capacity_factor": 2}},
