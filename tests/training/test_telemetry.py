@@ -4,6 +4,7 @@ import json
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ import torch.distributed as dist
 
 from moe_dist.telemetry.interval import Interval
 from moe_dist.telemetry.records import RecordFile, read_records
+from moe_dist.telemetry.sinks import Guarded
 from moe_dist.training import loop
 from moe_dist.training.loop import Training
 from moe_dist.training.summary import finish
@@ -32,6 +34,8 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 class Kept:
     """A sink that keeps what it gets."""
 
+    key = "telemetry.kept"
+
     def __init__(self) -> None:
         self.intervals: list[Interval] = []
         self.closed = False
@@ -45,6 +49,8 @@ class Kept:
 
 class Broken(Kept):
     """One that breaks at step 4."""
+
+    key = "telemetry.broken"
 
     def write(self, interval: Interval) -> None:
         super().write(interval)
@@ -63,16 +69,20 @@ def warnings_of(run: Training) -> list[str]:
     return warnings
 
 
+def alarm_at_step_4(interval: Interval) -> list[dict[str, Any]]:
+    return [{**ALARM, "step": 4}] if interval.own["step"] == 4 else []
+
+
 def with_sinks(tiny: Path, folder: Path) -> dict[str, Any]:
     run = start(tiny, [EP2, *EVERY_2], folder)
     whole, broken = Kept(), Broken()
     telemetry, rank = run.telemetry, dist.get_rank()
-    telemetry.sinks = [broken, whole]
+    warnings = warnings_of(run)
+    telemetry.sinks = Guarded([broken, whole], warnings.append)
     telemetry.sample = lambda: {"cpu_percent": 10.0 + rank, "gpu_percent": None, "throttle_reasons": ["thermal"]}
-    telemetry.judge = lambda interval: [{**ALARM, "step": interval.own["step"]}] if interval.own["step"] == 4 else []
+    telemetry.alarms = SimpleNamespace(judge=alarm_at_step_4) if rank == 0 else None  # type: ignore[assignment]
     shown: list[dict[str, Any]] = []
     run.screen.alarm = shown.append  # type: ignore[method-assign]
-    warnings = warnings_of(run)
     run.run()
     intervals = [vars(interval) for interval in whole.intervals]
     counts = {"calls": len(broken.intervals), "closed": whole.closed}
@@ -93,7 +103,7 @@ def test_sinks_get_every_interval_of_their_rank(tiny: Path, tmp_path: Path) -> N
         assert result["calls"] == 2  # the broken one: of step 2, and of step 4, where it broke
         assert result["shown"] == (alarms if rank == 0 else [])
         assert result["warnings"] == [
-            "telemetry: Broken failed, and training goes on without it: [Errno 13] Permission denied: 'events'"
+            "telemetry.broken has stopped; training goes on without it: PermissionError: [Errno 13] Permission denied: 'events'"
         ]
     assert [interval["metrics"] for interval in results[0]["intervals"]] == metrics
     assert {interval[key] for interval in results[1]["intervals"] for key in ("metrics", "ranks")} == {None}
@@ -114,7 +124,7 @@ def full_disk(tiny: Path, folder: Path) -> tuple[list[float], list[str]]:
     name = "metrics.jsonl" if dist.get_rank() == 0 else "load records"
     run.telemetry.files[name] = RecordFile(Path("/dev/full"))
     kept = Kept()
-    run.telemetry.sinks = [kept]
+    run.telemetry.sinks = Guarded([kept], print)
     warnings = warnings_of(run)
     assert run.run().step == 5
     return [interval.own["step"] for interval in kept.intervals], warnings
