@@ -10,20 +10,25 @@ import numpy as np
 from pandas import DataFrame
 
 from moe_dist.telemetry.report.figures import (
+    BAR,
+    NO_LINES,
     Array,
     Shown,
-    Trace,
     depth,
     heat_map,
     in_percent,
     last_tenth,
     line,
+    lines_of_layers,
     numbers,
+    on_one_scale,
+    over,
     over_steps,
     rows_height,
     thin,
     thinned,
     thinning_note,
+    title_of,
     whole_numbers,
 )
 from moe_dist.telemetry.report.page import Plot, Section
@@ -35,30 +40,30 @@ LOAD_CELLS = 150_000
 BIAS_POINTS = 60_000
 """Points of all biases together."""
 COACTIVATION_CELLS = 70_000
-NO_LINES = "There is no line in metrics.jsonl yet; it is written every telemetry.interval steps."
 
 
 def max_vio(runs: list[Shown]) -> Section:
     """MaxVio of each layer over the steps, of one step and of all steps of a line, with their noise floors."""
+    recorded = [shown for shown in runs if len(shown.run.balance)]
+    if not recorded:
+        return Section("MaxVio over time", NO_LINES)
     plots = []
-    for shown in runs:
-        for name, title in (("max_vio_batch", "one step"), ("max_vio_global", "the steps of a line together")):
-            if name in shown.run.balance and shown.run.balance[name].notna().any():
-                plots.append(_max_vio(shown, name, title, len(runs)))
+    for name, title in (("max_vio_batch", "One step"), ("max_vio_global", "All steps since the last record")):
+        having = [shown for shown in recorded if name in shown.run.balance and shown.run.balance[name].notna().any()]
+        if len(having) > 1:
+            plots.append(_max_vio_of_runs(having, name, title))
+        plots += [_max_vio(shown, name, title_of(shown, title, len(runs))) for shown in having]
     how = (
         "How far the busiest expert of a layer is above the mean: 0 is perfect balance, 1 is twice the mean; at or below the "
         "dashed noise floor a layer is as balanced as random choices would make it."
     )
-    if not plots:
-        return Section("MaxVio over time", NO_LINES)
-    most = max(shown.run.balance["step"].nunique() for shown in runs)
-    return Section("MaxVio over time", how, _on_one_scale(plots), thinning_note(most, MOST_POINTS))
+    most = max(shown.run.balance["step"].nunique() for shown in recorded)
+    return Section("MaxVio over time", how, on_one_scale(plots), thinning_note(most, MOST_POINTS))
 
 
-def _max_vio(shown: Shown, name: str, title: str, num_runs: int) -> Plot:
+def _max_vio(shown: Shown, name: str, title: str) -> Plot:
     table = thinned(shown.run.balance, MOST_POINTS)
-    value_SN = table.pivot_table(index="step", columns="layer", values=name, dropna=False)
-    traces = _lines_of_layers(value_SN)
+    traces, layout = lines_of_layers(table.pivot(index="step", columns="layer", values=name), "MaxVio")
     floor_S = _noise_floor(shown, table)
     if name == "max_vio_global":
         steps = shown.run.steps.set_index("step")["steps"].reindex(floor_S.index)
@@ -67,11 +72,20 @@ def _max_vio(shown: Shown, name: str, title: str, num_runs: int) -> Plot:
         traces.append(line(floor_S.index, floor_S, "noise floor", "--text", "dash"))
     worst = last_tenth(table).groupby("layer")[name].mean()
     label = (
-        f"Line plot of MaxVio over steps, a line for each layer, {title}, run {shown.name}. Over the last tenth of the steps the "
+        f"Line plot of MaxVio over steps, a line for each layer, run {shown.name}, {title}. Over the last tenth of the steps the "
         f"worst layer is {worst.idxmax()} with {worst.max():.3f}."
     )
-    layout = over_steps("MaxVio", rangemode="tozero")
-    return Plot(label, traces, layout, f"{shown.name}: {title}" if num_runs > 1 else title.capitalize())
+    return Plot(label, traces, layout, title)
+
+
+def _max_vio_of_runs(runs: list[Shown], name: str, title: str) -> Plot:
+    tables = [thinned(shown.run.steps, MOST_POINTS) for shown in runs]
+    traces = [
+        line(t["step"], t[name], shown.name, shown.colour, shown.dash) for shown, t in zip(runs, tables, strict=True)
+    ]
+    means = ", ".join(f"{shown.name} {last_tenth(shown.run.steps)[name].mean():.3f}" for shown in runs)
+    label = f"Line plot of MaxVio over steps, mean of the layers, a line for each run. Over the last tenth of the steps: {means}."
+    return Plot(label, traces, over_steps("MaxVio"), f"{title}: mean of the layers, all runs", wide=True)
 
 
 def _noise_floor(shown: Shown, table: DataFrame) -> Any:
@@ -79,38 +93,6 @@ def _noise_floor(shown: Shown, table: DataFrame) -> Any:
     known = table[(table["max_vio_over_noise"] > 0)] if "max_vio_over_noise" in table else table.iloc[:0]
     ratio = known["max_vio_batch"] / known["max_vio_over_noise"] if len(known) else known["step"].astype(float)
     return ratio.groupby(known["step"]).median().reindex(table["step"].unique())
-
-
-def _lines_of_layers(value_SN: DataFrame) -> list[Trace]:
-    """A line for each layer, coloured by depth; many layers have a colour scale instead of a legend."""
-    count, few = value_SN.shape[1], value_SN.shape[1] <= 8
-    traces = [
-        line(value_SN.index, value_SN[layer], f"layer {layer}", depth(place, count), showlegend=few)
-        for place, layer in enumerate(value_SN.columns)
-    ]
-    if not few:
-        layers = numbers(value_SN.columns)
-        bar = heat_map("", "", "--depth", "layer", "")["colorbar"] | {"y": 1.12}
-        marker = {
-            "color": [layers[0], layers[-1]],
-            "colorscale": "--depth",
-            "showscale": True,
-            "colorbar": bar,
-            "size": 0.1,
-        }
-        x = numbers(value_SN.index[:2])
-        traces.append(
-            {
-                "type": "scatter",
-                "mode": "markers",
-                "x": x,
-                "y": [None] * len(x),
-                "marker": marker,
-                "showlegend": False,
-                "hoverinfo": "skip",
-            }
-        )
-    return traces
 
 
 def load(runs: list[Shown]) -> Section:
@@ -128,8 +110,8 @@ def load(runs: list[Shown]) -> Section:
         plots.append(_load(shown, steps, load_SNE, len(runs)))
         notes += thinning_note(all_steps, len(steps), f"logging steps of {shown.name}")
     how = (
-        "Each cell is the load of an expert of a layer, over all ranks and the steps since the line before, relative to the mean "
-        "of its layer: 1 (neutral) is balanced, 2 is twice the mean; a column or cell that keeps its colour over the steps is a lasting preference."
+        "Each cell is the load of an expert, over all ranks and the steps since the last record, relative to the mean of its "
+        "layer: 1 (neutral) is balanced, 2 is twice the mean; a cell that keeps its colour over time is a lasting preference."
     )
     return Section("Load of experts", how, plots, ["Colours end at twice the mean.", *notes], slider="step")
 
@@ -137,24 +119,22 @@ def load(runs: list[Shown]) -> Section:
 def _load(shown: Shown, steps: list[int], load_SNE: list[DataFrame], num_runs: int) -> Plot:
     last_NE = load_SNE[-1]
     relative_NE = last_NE.div(last_NE.mean(axis=1), axis=0)
-    layer, expert = relative_NE.stack().idxmax()
     num_layers, num_experts = last_NE.shape
+    layer_at, expert_at = divmod(int(relative_NE.to_numpy().argmax()), num_experts)
+    busiest = f"layer {int(last_NE.index[layer_at])}, expert {int(last_NE.columns[expert_at])}"
     hover = "layer %{y}, expert %{x}<br>%{z:.3f} x the mean<br>%{customdata:,} pairs"
-    trace = heat_map("expert", "layer", "--diverging", "load / mean load of the layer", hover, zmin=0, zmax=2)
+    trace = heat_map("--diverging", hover, zmin=0, zmax=2)
     trace |= {"x": numbers(last_NE.columns), "y": numbers(last_NE.index)}
     if num_experts > 64:
         trace |= {"xgap": 0}
-    layout = {
-        "xaxis": whole_numbers(num_experts, "expert"),
-        "yaxis": whole_numbers(num_layers, "layer", autorange="reversed"),
-    }
+    layout = over(whole_numbers(num_experts, "expert"), whole_numbers(num_layers, "layer", autorange="reversed"))
     frames = [[{"counts": numbers(load_NE)}] for load_NE in load_SNE]
     label = (
         f"Heat-map of the load of each layer and expert of run {shown.name}. After step {steps[-1]} the largest is "
-        f"{relative_NE.loc[layer, expert]:.2f} times the mean: layer {layer}, expert {expert}."
+        f"{relative_NE.to_numpy().max():.2f} times the mean: {busiest}."
     )
-    title = shown.name if num_runs > 1 else ""
-    return Plot(label, [trace], layout, title, rows_height(num_layers), frames, [int(step) for step in steps])
+    title = title_of(shown, "load / mean load of the layer", num_runs)
+    return Plot(label, [trace], layout, title, rows_height(num_layers), frames=frames, places=numbers(steps))
 
 
 def bias(runs: list[Shown]) -> Section:
@@ -171,7 +151,7 @@ def bias(runs: list[Shown]) -> Section:
     )
     plots = [_bias(shown, len(runs), len(recorded)) for shown in recorded]
     notes = [f"{name} uses no bias." for name in missing]
-    return Section("Bias of experts", how, _on_one_scale(plots), notes, slider="layer")
+    return Section("Bias of experts", how, on_one_scale(plots), notes, slider="layer")
 
 
 def _bias(shown: Shown, num_runs: int, num_recorded: int) -> Plot:
@@ -192,8 +172,9 @@ def _bias(shown: Shown, num_runs: int, num_recorded: int) -> Plot:
         value_SE = table[table["layer"] == layer].pivot(index="step", columns="expert", values="bias")
         curves = value_SE.T if each else value_SE.quantile(list(quantiles.values()), axis=1)
         frames.append([{"x": numbers(value_SE.index), "y": numbers(curve, 4)} for curve in curves.to_numpy()])
-    label = f"Line plot of the bias of {'each expert' if each else 'the experts, in quantiles,'} over steps, a layer at a time, run {shown.name}."
-    return Plot(label, traces, over_steps("bias"), shown.name if num_runs > 1 else "", 340, frames, numbers(layers))
+    drawn = "each expert" if each else "the experts, in quantiles,"
+    label = f"Line plot of the bias of {drawn} over steps, a layer at a time, run {shown.name}."
+    return Plot(label, traces, over_steps("bias"), title_of(shown, "", num_runs), frames=frames, places=numbers(layers))
 
 
 def drops(runs: list[Shown]) -> Section:
@@ -204,26 +185,23 @@ def drops(runs: list[Shown]) -> Section:
     dropping = [shown for shown in recorded if (shown.run.balance["drop_rate"] > 0).any()]
     if not dropping:
         return Section(
-            "Drops", "No token was dropped by any expert: nothing to show. Only routing.capacity drops tokens."
+            "Drops", "No expert dropped a token, so there is nothing to show; only `routing.capacity` drops tokens."
         )
-    plots = []
-    for shown in dropping:
-        value_SN = thinned(shown.run.balance, MOST_POINTS).pivot_table(
-            index="step", columns="layer", values="drop_rate"
-        )
-        mean = last_tenth(shown.run.steps)["drop_rate"].mean()
-        label = f"Line plot of the drop rate over steps, a line for each layer, run {shown.name}. Over the last tenth of the steps the mean is {in_percent(mean)}."
-        plots.append(
-            Plot(
-                label,
-                _lines_of_layers(value_SN),
-                over_steps("share dropped", tickformat=".1~%", rangemode="tozero"),
-                shown.name if len(runs) > 1 else "",
-            )
-        )
+    plots = [_drops(shown, len(runs)) for shown in dropping]
     notes = [f"{shown.name} dropped nothing." for shown in recorded if shown not in dropping]
     how = "Share of the token-expert pairs that found their expert full: those tokens go on without that expert."
-    return Section("Drops", how, _on_one_scale(plots), notes)
+    return Section("Drops", how, on_one_scale(plots), notes)
+
+
+def _drops(shown: Shown, num_runs: int) -> Plot:
+    rate_SN = thinned(shown.run.balance, MOST_POINTS).pivot(index="step", columns="layer", values="drop_rate")
+    traces, layout = lines_of_layers(rate_SN, "share dropped", tickformat=".1~%")
+    mean = in_percent(last_tenth(shown.run.steps)["drop_rate"].mean())
+    label = (
+        f"Line plot of the drop rate over steps, a line for each layer, run {shown.name}. Over the last tenth of the steps the "
+        f"mean is {mean}."
+    )
+    return Plot(label, traces, layout, title_of(shown, "", num_runs))
 
 
 def coactivation(runs: list[Shown]) -> Section:
@@ -263,38 +241,19 @@ def _coactivation(shown: Shown, layers: dict[int, Array], num_runs: int) -> Plot
     num_experts = len(next(iter(rate_NEE.values())))
     top = max((np.nanmax(rate_EE) for rate_EE in rate_NEE.values() if rate_EE.size > 1), default=0.0)
     hover = "of the tokens of expert %{y},<br>%{z:.1%} use expert %{x} too"
-    trace = heat_map(
-        "expert", "expert", "--sequential", "share of the row's tokens", hover, zmin=0, zmax=float(top) or 1.0
-    )
-    trace["colorbar"] |= {"tickformat": ".0%"}
+    trace = heat_map("--sequential", hover, zmin=0, zmax=float(top) or 1.0)
+    trace["colorbar"] = BAR | {"tickformat": ".0%"}
     if num_experts > 32:
         trace |= {"xgap": 0, "ygap": 0}
-    axes = {
-        "xaxis": whole_numbers(num_experts, "too"),
-        "yaxis": whole_numbers(num_experts, "of expert", autorange="reversed"),
-    }
+    title = title_of(shown, "share of the row's tokens", num_runs)
+    axes = over(whole_numbers(num_experts, "too"), whole_numbers(num_experts, "of expert", autorange="reversed"))
     frames = [[{"z": numbers(rate_EE, 3)}] for rate_EE in rate_NEE.values()]
-    label = f"Heat-map of how often two experts are used by the same token, a layer at a time, run {shown.name}; at most {in_percent(float(top))}."
-    return Plot(label, [trace], axes, shown.name if num_runs > 1 else "", 440, frames, list(rate_NEE))
+    label = (
+        f"Heat-map of how often two experts are used by the same token, a layer at a time, run {shown.name}; at most "
+        f"{in_percent(float(top))}."
+    )
+    return Plot(label, [trace], axes, title, 460, frames=frames, places=list(rate_NEE))
 
 
 def _matrix(table: DataFrame, name: str) -> DataFrame:
     return table.pivot(index="layer", columns="expert", values=name)
-
-
-def _on_one_scale(plots: list[Plot]) -> list[Plot]:
-    """The same range of y for all, so that runs side by side can be compared."""
-    values = [
-        value
-        for plot in plots
-        for trace in (*plot.data, *(change for frame in plot.frames or [] for change in frame))
-        for value in trace.get("y", [])
-        if value is not None
-    ]
-    if not values:
-        return plots
-    low, high = min(0.0, *values), max(values)
-    room = 0.05 * (high - low) or 1.0
-    for plot in plots:
-        plot.layout["yaxis"] |= {"range": [low - room if low < 0 else 0, high + room]}
-    return plots

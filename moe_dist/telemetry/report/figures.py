@@ -3,6 +3,7 @@
 Shape letters: S steps shown, R ranks, N layers, E experts.
 """
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ import numpy.typing as npt
 from pandas import DataFrame
 
 from moe_dist.telemetry.reader import Run
+from moe_dist.telemetry.report.page import Plot
 
 SERIES = 8
 """Colours --c0 to --c7 of page.css."""
@@ -21,8 +23,16 @@ MOST_POINTS = 1000
 """Of one line."""
 MOST_LINES = 16
 """Lines that can be told apart by colour and dashes; where there are more ranks, a heat-map is drawn."""
+MOST_NAMES = 8
+"""Lines in a legend."""
 MOST_ROWS = 64
 """Ranks, or groups of ranks, of a heat-map."""
+
+NO_LINES = "There is no line in metrics.jsonl yet; it is written every telemetry.interval steps."
+"""What is said in place of a plot of metrics.jsonl."""
+
+BAR = {"orientation": "h", "yref": "container", "y": 1, "yanchor": "top", "ypad": 0, "thickness": 10, "outlinewidth": 0}
+"""The scale of the colours, above the plot."""
 
 Array = npt.NDArray[Any]
 Trace = dict[str, Any]
@@ -55,6 +65,13 @@ def numbers(values: Any, digits: int = 6) -> list[Any]:
     if array.dtype.kind in "iub":
         return array.astype(int).tolist()
     return [float(f"{value:.{digits}g}") if math.isfinite(value) else None for value in array.astype(float)]
+
+
+def title_of(shown: Shown, text: str, num_runs: int) -> str:
+    """The title of a plot of one run: with its name if there are others."""
+    if num_runs > 1:
+        return f"{shown.name}: {text[:1].lower()}{text[1:]}" if text else shown.name
+    return text[:1].upper() + text[1:]
 
 
 def thin(values: Sequence[Any] | Array, most: int) -> list[Any]:
@@ -90,19 +107,20 @@ def over_steps(y_title: str, **yaxis: Any) -> dict[str, Any]:
     }
 
 
-def heat_map(x_title: str, y_title: str, scale: str, legend: str, hover: str, **more: Any) -> Trace:
+def heat_map(scale: str, hover: str, **more: Any) -> Trace:
     """A heat-map; `scale` is --diverging or --sequential."""
-    bar = {"orientation": "h", "thickness": 10, "y": 1.02, "yanchor": "bottom", "x": 0.5, "len": 1.0, "outlinewidth": 0}
-    bar |= {"title": {"text": legend, "side": "top"}, "tickfont": {"size": 12}}
-    template = f"{hover}<extra></extra>"
-    return {
+    trace = {
         "type": "heatmap",
         "colorscale": scale,
-        "colorbar": bar,
-        "hovertemplate": template,
-        "xgap": 1,
-        "ygap": 1,
-    } | more
+        "colorbar": BAR,
+        "hovertemplate": f"{hover}<extra></extra>",
+    }
+    return trace | {"xgap": 1, "ygap": 1} | more
+
+
+def over(xaxis: dict[str, Any], yaxis: dict[str, Any]) -> dict[str, Any]:
+    """The layout of a heat-map; margins are fixed, as automatic ones fail where it has few rows."""
+    return {"xaxis": xaxis | {"automargin": False}, "yaxis": yaxis, "margin": {"t": 40, "b": 54}}
 
 
 def whole_numbers(count: int, title: str, **more: Any) -> dict[str, Any]:
@@ -114,9 +132,26 @@ def whole_numbers(count: int, title: str, **more: Any) -> dict[str, Any]:
     )
 
 
+def lines_of_layers(value_SN: DataFrame, y_title: str, **yaxis: Any) -> tuple[list[Trace], dict[str, Any]]:
+    """A line for each layer, coloured by depth, and the layout; many layers have a scale instead of a legend."""
+    layers, layout = [int(layer) for layer in value_SN.columns], over_steps(y_title, **yaxis)
+    few = len(layers) <= MOST_NAMES
+    traces = [
+        line(value_SN.index, value_SN[layer], f"layer {layer}", depth(place, len(layers)), showlegend=few)
+        for place, layer in enumerate(layers)
+    ]
+    if not few:
+        bar = BAR | {"tickprefix": "layer ", "tickformat": "d", "nticks": 5}
+        marker = {"color": [layers[0], layers[-1]], "colorscale": "--depth", "showscale": True, "colorbar": bar}
+        nothing = {"x": numbers(value_SN.index[[0, -1]]), "y": [None, None], "showlegend": False, "hoverinfo": "skip"}
+        traces.append({"type": "scatter", "mode": "markers", "marker": marker} | nothing)
+        layout |= {"margin": {"t": 76}, "hovermode": "closest"}
+    return traces, layout
+
+
 def rows_height(count: int) -> int:
     """Pixels of a heat-map with so many rows: cells that can be seen, on a page that does not get too long."""
-    return 150 + min(max(22 * count, 110), 440)
+    return 100 + min(max(22 * count, 110), 440)
 
 
 def depth(place: int, count: int) -> str:
@@ -153,3 +188,19 @@ def last_tenth(table: DataFrame) -> DataFrame:
 def in_percent(value: float) -> str:
     """Two digits that count."""
     return f"{value:.2%}" if value < 0.1 else f"{value:.1%}"
+
+
+def on_one_scale(plots: list[Plot]) -> list[Plot]:
+    """The same ranges of x and y for lines in all plots, so that runs side by side can be compared."""
+    traces = [trace for plot in plots for trace in (*plot.data, *itertools.chain.from_iterable(plot.frames or []))]
+    if any(trace.get("type") == "heatmap" for trace in traces):
+        return plots
+    x, y = ([value for trace in traces for value in trace[axis] if value is not None] for axis in ("x", "y"))
+    if not y:
+        return plots
+    low, high = min(0.0, *y), max(y)
+    room = 0.05 * (high - low) or 1.0
+    for plot in plots:
+        plot.layout["xaxis"] |= {"range": [min(x), max(x)]} if min(x) < max(x) else {}
+        plot.layout["yaxis"] |= {"range": [low - room if low < 0 else 0, high + room]}
+    return plots

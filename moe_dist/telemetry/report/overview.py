@@ -9,7 +9,10 @@ import pandas as pd
 
 from moe_dist.telemetry.report.figures import (
     MOST_POINTS,
+    NO_LINES,
+    SERIES,
     Shown,
+    Trace,
     in_percent,
     last_tenth,
     line,
@@ -20,11 +23,13 @@ from moe_dist.telemetry.report.figures import (
 from moe_dist.telemetry.report.page import Plot, Section, Table
 
 UNKNOWN = "not recorded"
-MAIN_KEYS = (
-    "model.hidden_size model.num_layers moe.num_experts moe.ffn_size routing.method routing.top_k routing.score "
-    "routing.bias.rule routing.capacity.factor parallel.expert parallel.dispatch engine.name training.steps "
-    "training.global_batch_size training.sequence_length training.optimizer.learning_rate training.seed"
-).split()
+MARKER = {"size": 8, "symbol": "diamond"}
+MAIN_KEYS = [
+    *("model.hidden_size", "model.num_layers", "moe.num_experts", "moe.ffn_size"),
+    *("routing.method", "routing.top_k", "routing.score", "routing.bias.rule", "routing.capacity.factor"),
+    *("parallel.expert", "parallel.dispatch", "engine.name", "training.steps", "training.global_batch_size"),
+    *("training.sequence_length", "training.optimizer.learning_rate", "training.seed"),
+]
 
 
 def in_short(runs: list[Shown]) -> Section:
@@ -102,13 +107,13 @@ FACTS = [
 
 
 def _cells(fact: Fact, values: list[float]) -> list[str]:
+    """The values as text; the best is marked where the text tells them apart."""
     known = [value for value in values if math.isfinite(value)]
-    contest = fact.better and len(known) > 1 and len(set(known)) > 1
-    best = fact.better(known) if fact.better and contest else None
-    return [
-        UNKNOWN if not math.isfinite(value) else fact.show(value) + (" (best)" if value == best else "")
-        for value in values
-    ]
+    texts = [fact.show(value) if math.isfinite(value) else UNKNOWN for value in values]
+    if fact.better is None or len({text for text in texts if text != UNKNOWN}) < 2:
+        return texts
+    best = fact.show(fact.better(known))
+    return [f"{text} (best)" if text == best else text for text in texts]
 
 
 def configuration(runs: list[Shown]) -> Section:
@@ -187,71 +192,67 @@ def alarms(runs: list[Shown]) -> Section:
 
 def loss(runs: list[Shown]) -> Section:
     """Training and validation loss, auxiliary losses."""
-    traces, aux = [], []
-    for shown in runs:
-        steps, held_out = thinned(shown.run.steps, MOST_POINTS), thinned(shown.run.evaluations, MOST_POINTS)
-        of_run = f" ({shown.name})" if len(runs) > 1 else ""
-        if len(steps):
-            traces.append(line(steps["step"], steps["loss"], f"training{of_run}", shown.colour))
-        if len(held_out):
-            mode = {"mode": "lines+markers", "marker": {"size": 8, "symbol": "diamond"}}
-            traces.append(
-                line(held_out["step"], held_out["val_loss"], f"validation{of_run}", shown.colour, "dot", **mode)
-            )
-        for place, name in enumerate(name for name in steps.columns if name.startswith("loss_")):
-            colour = shown.colour if len(runs) > 1 else f"--c{place + 1}"
-            aux.append(
-                line(
-                    steps["step"],
-                    steps[name],
-                    name.removeprefix("loss_") + of_run,
-                    colour,
-                    ("solid", "dash", "dot")[place % 3],
-                )
-            )
-    if not traces:
-        return Section("Loss", "There is no line in metrics.jsonl yet; it is written every telemetry.interval steps.")
-    last = "; ".join(f"{shown.name}: {_last(shown.run.steps, 'loss'):.4f}" for shown in runs)
-    parts = [
-        Plot(
-            f"Line plot of the loss over steps. Last training loss: {last}.",
-            traces,
-            over_steps("nats a token"),
-            "Cross-entropy" if aux else "",
-        )
+    recorded = [shown for shown in runs if len(shown.run.steps)]
+    if not recorded:
+        return Section("Loss", NO_LINES)
+    last = "; ".join(f"{shown.name} {_last(shown.run.steps, 'loss'):.4f}" for shown in recorded)
+    label = f"Line plot of the loss over steps. Last training loss: {last}."
+    training = [_curve(shown, shown.run.steps, "loss", len(runs), "training") for shown in recorded]
+    validation = [
+        _curve(shown, shown.run.evaluations, "val_loss", len(runs), "validation", mode="lines+markers", marker=MARKER)
+        for shown in runs
+        if len(shown.run.evaluations)
     ]
-    if aux:
-        parts.append(
+    auxiliary = [_curve(shown, shown.run.steps, name, len(runs), name) for shown in recorded for name in _losses(shown)]
+    layout = over_steps("nats a token")
+    if len(runs) == 1:
+        for place, trace in enumerate(training + validation + auxiliary):
+            trace["line"] |= {"color": f"--c{place % SERIES}", "dash": "solid"}
+        plots = [Plot(label, training + validation, layout, "Cross-entropy")]
+    else:
+        plots = [
+            Plot(label, training, layout, "Training"),
+            Plot("Line plot of the validation loss.", validation, layout, "Validation"),
+        ]
+        plots = [plot for plot in plots if plot.data]
+    if auxiliary:
+        layout = over_steps("as added to the loss", exponentformat="power", rangemode="tozero")
+        plots.append(
             Plot(
                 "Line plot of the auxiliary losses over steps.",
-                aux,
-                over_steps("as added to the loss", exponentformat="power"),
-                "Auxiliary losses, coefficients included",
+                auxiliary,
+                layout,
+                "Auxiliary losses, with coefficients",
             )
         )
     notes = (
-        []
-        if any(len(shown.run.evaluations) for shown in runs)
-        else ["There was no evaluation: set training.evaluation.interval to have the validation loss."]
+        [] if validation else ["There was no evaluation: `training.evaluation.interval` asks for the validation loss."]
     )
     how = "Lower is better; validation far above training is over-fitting, and a jump is worth a look at the alarms of that step."
-    return Section("Loss", how, parts, notes + thinning_note(max(len(shown.run.steps) for shown in runs), MOST_POINTS))
+    return Section("Loss", how, plots, notes + thinning_note(max(len(s.run.steps) for s in recorded), MOST_POINTS))
+
+
+def _losses(shown: Shown) -> list[str]:
+    return [name for name in shown.run.steps.columns if name.startswith("loss_")]
+
+
+def _curve(shown: Shown, table: pd.DataFrame, name: str, num_runs: int, text: str, **more: Any) -> Trace:
+    """A column over the steps, named by what it is, or by its run if there are several."""
+    table = thinned(table, MOST_POINTS)
+    text = text.removeprefix("loss_")
+    if num_runs > 1:
+        text = shown.name if text in ("training", "validation") else f"{shown.name}: {text}"
+    return line(table["step"], table[name], text, shown.colour, shown.dash, **more)
 
 
 def speed(runs: list[Shown]) -> Section:
     """Tokens per second over time."""
-    traces = []
-    for shown in runs:
-        steps = thinned(shown.run.steps, MOST_POINTS)
-        if len(steps):
-            traces.append(line(steps["step"], steps["tokens_per_second"], shown.name, shown.colour, shown.dash))
-    if not traces:
-        return Section("Speed", "There is no line in metrics.jsonl yet; it is written every telemetry.interval steps.")
-    median = "; ".join(f"{s.name}: {s.run.steps['tokens_per_second'].median():,.0f}" for s in runs if len(s.run.steps))
-    layout = over_steps("tokens per second", rangemode="tozero") | {"showlegend": len(traces) > 1}
+    recorded = [shown for shown in runs if len(shown.run.steps)]
+    if not recorded:
+        return Section("Speed", NO_LINES)
+    traces = [_curve(shown, shown.run.steps, "tokens_per_second", 2, "training") for shown in recorded]
+    median = "; ".join(f"{shown.name} {shown.run.steps['tokens_per_second'].median():,.0f}" for shown in recorded)
+    layout = over_steps("tokens per second", rangemode="tozero") | {"showlegend": len(runs) > 1}
     plot = Plot(f"Line plot of tokens per second over steps. Median: {median}.", traces, layout)
-    return Section(
-        "Speed",
-        "Tokens of all ranks a second, without evaluations and checkpoints; a dip is a step that took longer.",
-        [plot],
-    )
+    how = "Tokens of all ranks a second, without evaluations and checkpoints; a dip is a step that took longer."
+    return Section("Speed", how, [plot])

@@ -1,7 +1,7 @@
 "use strict";
 const figures = JSON.parse(document.getElementById("figures").textContent);
 const root = document.documentElement;
-const config = { responsive: true, displaylogo: false, modeBarButtonsToRemove: ["select2d", "lasso2d", "autoScale2d"] };
+const config = { responsive: true, displayModeBar: false };
 
 /* Colours: "--c0" is that of page.css; "depth(0.3)" lies on the scale --depth; "--diverging" as colour scale is a list. */
 function colours() {
@@ -29,12 +29,12 @@ function colours() {
   return resolve;
 }
 
-const axis = { automargin: true, gridcolor: "--grid", linecolor: "--border", zerolinecolor: "--border", tickcolor: "--border" };
+const axis = { automargin: true, title: { standoff: 10, font: { size: 13 } }, gridcolor: "--grid", linecolor: "--border", zerolinecolor: "--border", tickcolor: "--border" };
 const base = {
   paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", margin: { l: 10, r: 14, t: 14, b: 10 },
   font: { color: "--text", size: 13, family: "system-ui, -apple-system, 'Segoe UI', Roboto, sans-serif" },
   hoverlabel: { bgcolor: "--panel", bordercolor: "--border", font: { color: "--text" }, namelength: -1 },
-  legend: { orientation: "h", x: 0, y: 1.02, yanchor: "bottom" },
+  bargap: 0.45, legend: { orientation: "h", x: 0, y: 1.02, yanchor: "bottom" },
   dragmode: matchMedia("(pointer: coarse)").matches ? false : "zoom",
 };
 
@@ -47,7 +47,7 @@ function merged(low, high) {
 
 function draw(figure, number) {
   const resolve = colours();
-  const layout = merged(merged(base, { xaxis: axis, yaxis: axis }), figure.layout);
+  const layout = merged({ ...base, xaxis: axis, yaxis: axis }, figure.layout);
   const frame = figure.frames ? figure.frames[figure.shown] : [];
   const data = figure.data.map((trace, i) => resolve(relative({ ...trace, ...frame[i] })));
   return Plotly.react(`plot-${number}`, data, resolve(layout), config);

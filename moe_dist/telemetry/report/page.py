@@ -2,6 +2,8 @@
 
 import html
 import json
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -24,6 +26,8 @@ class Plot:
     """Above the plot, where a section has several."""
     height: int = 320
     """In pixels."""
+    wide: bool = False
+    """It has a row of its own, whatever stands beside the others."""
     frames: list[list[dict[str, Any]]] | None = None
     """For each place of the section's slider, what changes in each trace."""
     places: list[int] = field(default_factory=list)
@@ -45,8 +49,8 @@ class Section:
 
     title: str
     how: str
-    parts: list[Plot | Table] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
+    parts: Sequence[Plot | Table] = ()
+    notes: Sequence[str] = ()
     """What was left out, and why."""
     slider: str = ""
     """What the slider moves over: step or layer. Empty: there is none."""
@@ -80,14 +84,13 @@ def _plotly() -> str:
 
 def _section(number: int, section: Section, figures: list[dict[str, Any]]) -> str:
     plots = [part for part in section.parts if isinstance(part, Plot)]
-    wide = " single" if len(plots) == 1 else ""
     content = "".join(_plot(part, number, figures) for part in plots)
     tables = "".join(_table(part) for part in section.parts if isinstance(part, Table))
-    notes = "".join(f'<p class="note">{_text(note)}</p>' for note in section.notes)
+    notes = "".join(f'<p class="note">{_prose(note)}</p>' for note in section.notes)
     return (
         f'<section aria-labelledby="section-{number}"><h2 id="section-{number}">{_text(section.title)}</h2>'
-        f'<p class="how">{_text(section.how)}</p>{_slider(number, section, plots)}'
-        f'<div class="plots{wide}">{content}</div>{tables}{notes}</section>'
+        f'<p class="how">{_prose(section.how)}</p>{_slider(number, section, plots)}'
+        f'<div class="plots">{content}</div>{tables}{notes}</section>'
     )
 
 
@@ -105,31 +108,37 @@ def _slider(number: int, section: Section, plots: list[Plot]) -> str:
 
 def _plot(plot: Plot, section: int, figures: list[dict[str, Any]]) -> str:
     title = f"<h3>{_text(plot.title)}</h3>" if plot.title else ""
+    wide = ' class="wide"' if plot.wide else ""
     number = len(figures)
     figures.append(
         {"section": section, "data": plot.data, "layout": plot.layout, "frames": plot.frames, "places": plot.places}
     )
     return (
-        f'<figure>{title}<div class="plot" id="plot-{number}" role="img" aria-label="{_text(plot.label)}" '
+        f'<figure{wide}>{title}<div class="plot" id="plot-{number}" role="img" aria-label="{_text(plot.label)}" '
         f'style="height:{plot.height}px"></div></figure>'
     )
 
 
 def _table(table: Table) -> str:
     head = "".join(f'<th scope="col">{_text(column)}</th>' for column in table.columns)
-    rows = "".join(
-        f'<tr><th scope="row">{_text(row[0])}</th>'
-        + "".join(
-            f'<td data-column="{_text(name)}">{_text(cell)}</td>'
-            for name, cell in zip(table.columns[1:], row[1:], strict=True)
-        )
-        + "</tr>"
-        for row in table.rows
+    rows = "".join(f"<tr>{_cells(table.columns, row)}</tr>" for row in table.rows)
+    kind = ' class="stacked"' if len(table.columns) > 2 else ""
+    caption = _text(table.caption)
+    return (
+        f'<div class="table" tabindex="0" role="region" aria-label="{caption}"><table{kind}><caption>{caption}</caption>'
+        f"<thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>"
     )
-    table_html = (
-        f"<table><caption>{_text(table.caption)}</caption><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>"
-    )
-    return f'<div class="table" tabindex="0" role="region" aria-label="{_text(table.caption)}">{table_html}</div>'
+
+
+def _cells(columns: list[str], row: list[str]) -> str:
+    named = zip(columns[1:], row[1:], strict=True)
+    cells = "".join(f'<td data-column="{_text(name)}">{_text(cell)}</td>' for name, cell in named)
+    return f'<th scope="row">{_text(row[0])}</th>{cells}'
+
+
+def _prose(value: str) -> str:
+    """A sentence, with `code` in it."""
+    return re.sub(r"`([^`]+)`", r"<code>\1</code>", _text(value))
 
 
 def _text(value: str) -> str:
