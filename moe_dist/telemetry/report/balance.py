@@ -35,7 +35,7 @@ from moe_dist.telemetry.report.page import Plot, Section
 
 MOST_POINTS = 300
 """Steps of the lines of each layer."""
-LOAD_CELLS = 150_000
+LOAD_CELLS = 250_000
 """Cells of all load heat-maps together; each costs about six bytes."""
 BIAS_POINTS = 60_000
 """Points of all biases together."""

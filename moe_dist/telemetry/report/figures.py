@@ -94,7 +94,8 @@ def thinning_note(count: int, most: int, what: str = "logging steps") -> list[st
 def line(x: Any, y: Any, name: str, colour: str, dash: str = "solid", **more: Any) -> Trace:
     """A line over the steps."""
     style = {"color": colour, "dash": dash, "width": 2}
-    trace = {"type": "scatter", "mode": "lines", "x": numbers(x), "y": numbers(y), "name": name, "line": style}
+    mode = "lines" if len(x) > 1 else "markers"  # a single point has no line
+    trace = {"type": "scatter", "mode": mode, "x": numbers(x), "y": numbers(y), "name": name, "line": style}
     return trace | more
 
 
@@ -163,11 +164,6 @@ def groups_of(ranks: Sequence[int], most: int) -> list[list[int]]:
     """Consecutive ranks in at most `most` groups of one size."""
     size = math.ceil(len(ranks) / most)
     return [list(ranks[start : start + size]) for start in range(0, len(ranks), size)]
-
-
-def names_of(groups: list[list[int]]) -> list[str]:
-    """`3`, or `8-15` for a group."""
-    return [str(group[0]) if len(group) == 1 else f"{group[0]}-{group[-1]}" for group in groups]
 
 
 def largest_in_groups(values_RS: Array, groups: list[list[int]]) -> Array:

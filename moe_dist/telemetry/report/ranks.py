@@ -22,7 +22,6 @@ from moe_dist.telemetry.report.figures import (
     in_percent,
     largest_in_groups,
     line,
-    names_of,
     numbers,
     on_one_scale,
     over,
@@ -65,7 +64,8 @@ def _computed(shown: Shown, num_runs: int) -> Plot:
         f"Rows computed by each rank over steps, relative to the mean of the ranks, run {shown.name}; on average most by rank "
         f"{mean.idxmax()}, {mean.max():.3f} times the mean."
     )
-    scale = heat_map("--diverging", "step %{x}, rank %{y}<br>%{z:.3f} x the mean", zmin=0, zmax=2)
+    span = min(1.0, max(0.2, (relative - 1).abs().max()))
+    scale = heat_map("--diverging", "step %{x}, rank %{y}<br>%{z:.3f} x the mean", zmin=1 - span, zmax=1 + span)
     return _of_ranks(
         table.assign(value=relative), label, title_of(shown, "rows computed / mean of the ranks", num_runs), scale
     )
@@ -78,7 +78,7 @@ def _waited(shown: Shown, num_runs: int) -> Plot:
         f"Share of each rank's step time that it waited for the slowest of its peers, run {shown.name}; on average "
         f"{in_percent(idle_share(shown))}."
     )
-    scale = heat_map("--sequential", "step %{x}, rank %{y}<br>%{z:.2%} of step time", zmin=0)
+    scale = heat_map("--sequential", "step %{x}, rank %{y}<br>%{z:.2%} of step time", zmin=0, zmax=waited.max() or 1.0)
     scale["colorbar"] = BAR | PERCENT
     return _of_ranks(
         table.assign(value=waited),
@@ -96,9 +96,9 @@ def _of_ranks(table: DataFrame, label: str, title: str, scale: Trace, **yaxis: A
         named = {f"rank {rank}": row for rank, row in zip(value_RS.index, value_RS.to_numpy(), strict=True)}
         return Plot(label, _lines(value_RS.columns, named), over_steps("", rangemode="tozero", **yaxis), title)
     groups = groups_of(list(value_RS.index), MOST_ROWS)
-    trace = scale | {"x": numbers(value_RS.columns), "y": names_of(groups), "xgap": 0}
+    trace = scale | {"x": numbers(value_RS.columns), "y": [str(group[0]) for group in groups], "xgap": 0}
     trace["z"] = numbers(largest_in_groups(value_RS.to_numpy(), groups), 4)
-    of_ranks = {"title": {"text": "rank"}, "type": "category", "autorange": "reversed", "nticks": 12}
+    of_ranks = {"title": {"text": "rank"}, "type": "category", "autorange": "reversed", "nticks": 10}
     return Plot(label, [trace], over({"title": {"text": "step"}}, of_ranks), title, rows_height(len(groups)))
 
 
@@ -118,11 +118,11 @@ def _notes(recorded: list[Shown]) -> list[str]:
         if num_ranks > MOST_ROWS:
             size = len(groups_of(range(num_ranks), MOST_ROWS)[0])
             notes.append(
-                f"A row stands for {size} consecutive ranks of {shown.name}, and shows the largest value of them."
+                f"A row stands for {size} ranks of {shown.name}, from the one that it names, and shows the largest of them."
             )
         if read < logged:
             notes.append(
-                f"Of the records of {shown.name}'s ranks, {read} of {logged} lines were read, evenly spaced: they are large."
+                f"Of the rank records of {shown.name}, {read} of {logged} lines were read, evenly spaced, as they are large."
             )
         notes += thinning_note(read, MOST_POINTS, f"lines of {shown.name}")
     return notes
@@ -156,11 +156,11 @@ def _traffic(shown: Shown, num_runs: int) -> Plot:
     place = {rank: number for number, group in enumerate(groups) for rank in group}
     bytes_GG = np.zeros((len(groups), len(groups)))
     np.add.at(bytes_GG, (table["rank"].map(place), table["peer"].map(place)), table["bytes_sent"] / num_steps)
-    names, size = names_of(groups), len(groups)
-    trace = heat_map("--sequential", "rank %{y} to rank %{x}<br>%{z:.4s}B a step", zmin=0)
+    names, size = [str(group[0]) for group in groups], len(groups)
+    trace = heat_map("--sequential", "rank %{y} to rank %{x}<br>%{z:.4s}B a step", zmin=0, zmax=bytes_GG.max() or 1.0)
     trace |= {"x": names, "y": names, "z": numbers(bytes_GG)} | ({"xgap": 0, "ygap": 0} if size > 16 else {})
     trace["colorbar"] = BAR | {"tickformat": "~s", "ticksuffix": "B", "nticks": 5}
-    axis = {"type": "category", "showgrid": False, "nticks": 10}
+    axis = {"type": "category", "showgrid": False, "nticks": 7, "tickangle": 0}
     to_rank, from_rank = ({"title": {"text": f"{word} rank"}} for word in ("to", "from"))
     layout = over(axis | to_rank, axis | from_rank | {"autorange": "reversed"})
     away = 1 - bytes_GG.trace() / max(1, bytes_GG.sum())
