@@ -11,6 +11,7 @@ from pandas import DataFrame
 
 from moe_dist.telemetry.report.figures import (
     BAR,
+    MOST_NAMES,
     NO_LINES,
     Array,
     Shown,
@@ -164,9 +165,9 @@ def _bias(shown: Shown, num_runs: int, num_recorded: int) -> Plot:
         table["step"].unique(), max(10, min(MOST_POINTS, BIAS_POINTS // (len(layers) * len(names) * num_recorded)))
     )
     table = table[table["step"].isin(steps)]
-    traces = [
-        line([], [], name, depth(place, len(names)), showlegend=len(names) <= 8) for place, name in enumerate(names)
-    ]
+    few = len(names) <= MOST_NAMES
+    colours = [depth(place, len(names)) for place in range(len(names))]
+    traces = [line([], [], name, colours[n], mode="lines", showlegend=few) for n, name in enumerate(names)]
     frames = []
     for layer in layers:
         value_SE = table[table["layer"] == layer].pivot(index="step", columns="expert", values="bias")
