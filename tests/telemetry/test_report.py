@@ -3,7 +3,7 @@
 import itertools
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -161,6 +161,48 @@ def test_what_is_missing_is_told_in_place_of_a_plot(tmp_path: Path) -> None:
     write_report([run], run / "report.html")
     assert figures(run / "report.html") == []
     assert "There is no line in metrics.jsonl yet" in words(run / "report.html")
+
+
+def change(path: Path, edit: Callable[[dict[str, Any]], None]) -> None:
+    """Rewrite each line of a JSONL file after `edit(line)`."""
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    for line in lines:
+        edit(line)
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def test_hardware_tells_of_errors_and_throttling(tmp_path: Path) -> None:
+    run, other = write_run(tmp_path / "run"), write_run(tmp_path / "other")
+
+    def throttled(line: dict[str, Any]) -> None:
+        gpu = {"gpu_percent": 90.0, "power_watts": None, "ecc_errors": None, "throttle_reasons": None}
+        if line["step"] > 40:
+            gpu |= {"ecc_errors": 2, "throttle_reasons": ["thermal", "power"]}
+        line["hardware"] |= gpu
+
+    change(run / "load/rank_00001.jsonl", throttled)
+    change(other / "load/rank_00001.jsonl", lambda line: line.update(hardware=None))
+    write_report([run], run / "report.html")
+    text = words(run / "report.html")
+    assert "run: uncorrected ECC errors on rank 1: have these GPUs looked at." in text
+    assert "run: the GPU of rank 1 was throttled (power, thermal) in 2 of its samples." in text
+    labels = re.findall(r'aria-label="(Line plot of GPU.*?)"', (run / "report.html").read_text())
+    assert labels == ["Line plot of GPU use (%) over steps; mean: run 90."]
+    write_report([run, other], tmp_path / "both.html")
+    assert [trace["name"] for trace in section(tmp_path / "both.html", "Hardware")[1]["data"]] == ["run", "other"]
+
+
+def test_ranks_without_moe_layers_and_runs_without_lines_of_steps(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run")
+    change(run / "load/rank_00001.jsonl", lambda line: line.update(layers={}))
+    write_report([run], run / "report.html")
+    assert len(section(run / "report.html", "Time by stage")) == 1
+    change(run / "load/rank_00000.jsonl", lambda line: line.update(layers={}))
+    evaluation = (run / "metrics.jsonl").read_text().splitlines()[-1]
+    (run / "metrics.jsonl").write_text(evaluation + "\n")
+    write_report([run], run / "report.html")
+    (figure,) = section(run / "report.html", "Loss")
+    assert [trace["name"] for trace in figure["data"]] == ["validation"]
 
 
 def test_long_runs_and_many_experts_and_ranks_stay_small(tmp_path: Path) -> None:

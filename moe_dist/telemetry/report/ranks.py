@@ -43,7 +43,7 @@ NO_RECORDS = "There are no records in load/ yet; each rank writes them every tel
 
 def load(runs: list[Shown]) -> Section:
     """Rows computed and time waited, by rank."""
-    recorded = [shown for shown in runs if len(shown.run.ranks)]
+    recorded = [shown for shown in runs if shown.run.ranks["computed"].notna().any()]
     if not recorded:
         return Section("Load and waiting of ranks", NO_RECORDS)
     waiting = [shown for shown in recorded if shown.run.ranks["idle"].notna().any()]
@@ -137,9 +137,11 @@ def traffic(runs: list[Shown]) -> Section:
     recorded = [shown for shown in runs if len(shown.run.traffic)]
     if not recorded:
         return Section("Traffic between ranks", NO_RECORDS)
-    plots, notes = [], []
+    plots, notes = [_traffic(shown, len(runs)) for shown in recorded], []
+    high = max(plot.data[0]["zmax"] for plot in plots)
+    for plot in plots:
+        plot.data[0]["zmax"] = high
     for shown in recorded:
-        plots.append(_traffic(shown, len(runs)))
         layers = shown.run.layers_of_ranks
         inside, between = layers["bytes_inside_node"].sum(), layers["bytes_between_nodes"].sum()
         if total := inside + between:
