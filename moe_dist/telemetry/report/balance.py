@@ -223,7 +223,7 @@ def coactivation(runs: list[Shown]) -> Section:
         notes += thinning_note(len(layers), len(numbers_of_layers), f"layers of {shown.name}")
     notes += [f"{shown.name} has no routing.json. {how_to_get}" for shown in runs if shown not in recorded]
     how = (
-        "Of the held-out tokens that use the expert of a row, the share that use the expert of the column too; a pair that stands "
+        "Of the held-out tokens that use the expert of a row, the share that use that of the column too; a pair that stands "
         "out works as one expert, and is best kept on one rank."
     )
     return Section("Experts that go together", how, plots, notes, slider="layer")
