@@ -36,7 +36,7 @@ from moe_dist.telemetry.report.page import Plot, Section
 
 MOST_POINTS = 300
 """Steps of the lines of each layer."""
-LOAD_CELLS = 250_000
+LOAD_CELLS = 200_000
 """Cells of all load heat-maps together; each costs about six bytes."""
 BIAS_POINTS = 60_000
 """Points of all biases together."""
@@ -167,12 +167,12 @@ def _bias(shown: Shown, num_runs: int, num_recorded: int) -> Plot:
     table = table[table["step"].isin(steps)]
     few = len(names) <= MOST_NAMES
     colours = [depth(place, len(names)) for place in range(len(names))]
-    traces = [line([], [], name, colours[n], mode="lines", showlegend=few) for n, name in enumerate(names)]
+    traces = [line(steps, [], name, colours[n], mode="lines", showlegend=few) for n, name in enumerate(names)]
     frames = []
     for layer in layers:
         value_SE = table[table["layer"] == layer].pivot(index="step", columns="expert", values="bias")
         curves = value_SE.T if each else value_SE.quantile(list(quantiles.values()), axis=1)
-        frames.append([{"x": numbers(value_SE.index), "y": numbers(curve, 4)} for curve in curves.to_numpy()])
+        frames.append([{"y": numbers(curve, 4)} for curve in curves.to_numpy()])
     drawn = "each expert" if each else "the experts, in quantiles,"
     label = f"Line plot of the bias of {drawn} over steps, a layer at a time, run {shown.name}."
     return Plot(label, traces, over_steps("bias"), title_of(shown, "", num_runs), frames=frames, places=numbers(layers))

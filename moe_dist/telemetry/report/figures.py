@@ -191,7 +191,7 @@ def on_one_scale(plots: list[Plot]) -> list[Plot]:
     traces = [trace for plot in plots for trace in (*plot.data, *itertools.chain.from_iterable(plot.frames or []))]
     if any(trace.get("type") == "heatmap" for trace in traces):
         return plots
-    x, y = ([value for trace in traces for value in trace[axis] if value is not None] for axis in ("x", "y"))
+    x, y = ([value for trace in traces for value in trace.get(axis, []) if value is not None] for axis in ("x", "y"))
     if not y:
         return plots
     low, high = min(0.0, *y), max(y)
