@@ -212,9 +212,12 @@ def test_long_runs_and_many_experts_and_ranks_stay_small(tmp_path: Path) -> None
     assert len(section(long / "report.html", "Loss")[0]["data"][0]["y"]) == 1000
     assert "Drawn are 300 of 1,000 logging steps, evenly spaced." in words(long / "report.html")
     many = write_run(tmp_path / "many", num_ranks=130, num_layers=1, num_experts=260, num_lines=2)
+    layers = {str(n): {"coactivation": np.eye(260).tolist()} for n in range(1, 6)}
+    (many / "routing.json").write_text(json.dumps({"step": 20, "tokens": 100, "layers": layers}))
     write_report([many], many / "report.html")
     assert "A row stands for 3 ranks of many" in words(many / "report.html")
     assert len(section(many / "report.html", "Traffic between ranks")[0]["data"][0]["z"]) == 44
+    assert section(many / "report.html", "Experts that go together")[0]["places"] == [1, 5]
     assert section(many / "report.html", "Load and waiting of ranks")[0]["data"][0]["type"] == "heatmap"
 
 

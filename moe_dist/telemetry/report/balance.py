@@ -36,11 +36,11 @@ from moe_dist.telemetry.report.page import Plot, Section
 
 MOST_POINTS = 300
 """Steps of the lines of each layer."""
-LOAD_CELLS = 200_000
+LOAD_CELLS = 180_000
 """Cells of all load heat-maps together; each costs about six bytes."""
 BIAS_POINTS = 60_000
 """Points of all biases together."""
-COACTIVATION_CELLS = 70_000
+COACTIVATION_CELLS = 140_000
 
 
 def max_vio(runs: list[Shown]) -> Section:
@@ -246,12 +246,13 @@ def _coactivation(shown: Shown, layers: dict[int, Array], num_runs: int) -> Plot
     trace["colorbar"] = BAR | {"tickformat": ".0%"}
     if num_experts > 32:
         trace |= {"xgap": 0, "ygap": 0}
-    title = title_of(shown, "share of the row's tokens", num_runs)
+    of_layer = f", layer {next(iter(layers))}" if len(layers) == 1 else ""  # else the slider tells
+    title = title_of(shown, f"share of the row's tokens{of_layer}", num_runs)
     axes = over(
         whole_numbers(num_experts, "that also use expert"),
         whole_numbers(num_experts, "tokens of expert", autorange="reversed"),
     )
-    frames = [[{"z": numbers(rate_EE, 3)}] for rate_EE in rate_NEE.values()]
+    frames = [[{"z": numbers(rate_EE, 2)}] for rate_EE in rate_NEE.values()]
     label = (
         f"Heat-map of how often two experts are used by the same token, a layer at a time, run {shown.name}; at most "
         f"{in_percent(float(top))}."
