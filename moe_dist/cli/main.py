@@ -12,6 +12,7 @@ from typer.core import TyperGroup
 
 from moe_dist.cli import audit as audit_command
 from moe_dist.cli import config as config_command
+from moe_dist.cli import report as report_command
 from moe_dist.cli import watch as watch_command
 from moe_dist.cli.arguments import ConfigFile, Overrides, Ranks, positive
 from moe_dist.config import ConfigError, load_config
@@ -51,6 +52,7 @@ def _fail(message: str) -> None:
 app = typer.Typer(cls=Commands, add_completion=False, pretty_exceptions_enable=False)
 app.command("config")(config_command.config)
 app.command("audit")(audit_command.audit)
+app.command("report")(report_command.report)
 app.command("watch")(watch_command.watch)
 
 

@@ -233,6 +233,8 @@ class TelemetryConfig(Section):
     alarms: Switch = True
     """Judge every logging step: collapsed routing, dead experts, slow ranks and others (docs/alarms.md)."""
     profile: ProfileConfig = ProfileConfig()
+    report: Switch = True
+    """Write DIR/report.html when training ends; `moe-dist report DIR` writes it at any time."""
     tensorboard: Switch = False
     """Write event files for TensorBoard to DIR/tensorboard."""
     prometheus: PrometheusConfig | None = None
