@@ -76,8 +76,8 @@ class Training:
     def step(self, stop: StopRequest | None = None) -> bool:
         """One optimiser step, and what is due after it; False if a signal came to any rank, which is then in `progress`."""
         began, progress = time.perf_counter(), self.progress
-        number = 0 if stop is None else stop.number
         batches = self.data.micro_batches(progress.step, self.engine.data_rank, self.layout)
+        number = stop.number if stop is not None else 0
         num_targets, num_tokens, stop_requests = self.engine.sum_over_ranks(
             [sum(b.num_targets() for b in batches), sum(b.num_tokens() for b in batches), number]
         )
