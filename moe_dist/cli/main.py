@@ -11,6 +11,7 @@ import typer
 from typer.core import TyperGroup
 
 from moe_dist.cli import audit as audit_command
+from moe_dist.cli import compare as compare_command
 from moe_dist.cli import config as config_command
 from moe_dist.cli.arguments import ConfigFile, Overrides, Ranks, positive
 from moe_dist.config import ConfigError, load_config
@@ -50,6 +51,7 @@ def _fail(message: str) -> None:
 app = typer.Typer(cls=Commands, add_completion=False, pretty_exceptions_enable=False)
 app.command("config")(config_command.config)
 app.command("audit")(audit_command.audit)
+app.command("compare")(compare_command.compare)
 
 
 @app.callback(invoke_without_command=True)

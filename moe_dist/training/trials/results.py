@@ -1,0 +1,249 @@
+"""What came out of a comparison: the numbers of each run from its folder, of each trial over its seeds, and their table."""
+
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from statistics import mean, median, stdev
+from typing import Any
+
+from moe_dist.config.routing_checks import keys_that_look_ahead
+from moe_dist.telemetry.records import read_records
+from moe_dist.training.trials.plan import Run
+from moe_dist.training.trials.runs import failure, last_step, summary
+
+Record = dict[str, Any]
+
+NUMBERS = {
+    # key             heading in the table, format of the mean, whether the spread is shown
+    "val_loss": ("validation loss", "{:.3f}", True),
+    "val_bits_per_byte": ("bits per byte", "{:.3f}", False),
+    "max_vio_global": ("MaxVio_global", "{:.3f}", True),
+    "max_vio_batch": ("MaxVio_batch", "{:.3f}", True),
+    "drop_rate": ("drop rate", "{:.1%}", False),
+    "step_seconds": ("step time", "{:.3f} s", False),
+    "idle_share": ("idle share", "{:.1%}", False),
+}
+DEFINITIONS = (
+    "Means over the finished seeds, ± their standard deviation (n - 1; none for one seed). Validation loss: nats per token of "
+    "the last evaluation. MaxVio = (largest load - mean load) / mean load, mean of the MoE layers; MaxVio_global: of the loads "
+    "of the whole held-out set; MaxVio_batch, drop rate and idle share: means over the records of the last quarter of the "
+    "steps. Step time: median of the records. Idle share: of the time of a step, what a rank waits in the forward pass for "
+    "the slowest rank that shares its experts' work. Causal: in training, no token's routing depends on later tokens. Front: "
+    "no other trial has both a lower validation loss and a lower MaxVio_global."
+)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One run: how it stands, and its numbers if it is finished."""
+
+    seed: int
+    folder: str
+    state: str
+    """finished, failed, stopped or not started."""
+    step: int
+    message: str | None
+    """Why it failed."""
+    ranks: int | None
+    device: str | None
+    numbers: dict[str, float | None]
+    """By the keys of NUMBERS; empty unless finished."""
+
+
+@dataclass(frozen=True)
+class Trial:
+    """All runs of one routing method."""
+
+    name: str
+    method: str
+    looks_ahead: list[str]
+    """The keys by which it is not causal; empty if it is."""
+    outcomes: list[Outcome]
+    means: dict[str, float | None]
+    """Over the finished runs; None where there is no number."""
+    spreads: dict[str, float | None]
+    """Sample standard deviations over the seeds; None for fewer than two."""
+    on_front: bool
+
+    @property
+    def finished(self) -> list[Outcome]:
+        return [outcome for outcome in self.outcomes if outcome.state == "finished"]
+
+
+def results(runs: Iterable[Run]) -> list[Trial]:
+    """What the folders of the runs tell, in the order of the file."""
+    by_trial: dict[str, list[Run]] = {}
+    for run in runs:
+        by_trial.setdefault(run.trial, []).append(run)
+    trials = [_trial(name, same) for name, same in by_trial.items()]
+    front = pareto_front({trial.name: (trial.means["val_loss"], trial.means["max_vio_global"]) for trial in trials})
+    return [replace(trial, on_front=trial.name in front) for trial in trials]
+
+
+def _trial(name: str, runs: list[Run]) -> Trial:
+    outcomes = [outcome(run) for run in runs]
+    found = {key: [o.numbers[key] for o in outcomes if o.numbers.get(key) is not None] for key in NUMBERS}
+    return Trial(
+        name=name,
+        method=runs[0].config.routing.method,
+        looks_ahead=keys_that_look_ahead(runs[0].config.routing),
+        outcomes=outcomes,
+        means={key: mean(values) if values else None for key, values in found.items()},
+        spreads={key: stdev(values) if len(values) > 1 else None for key, values in found.items()},
+        on_front=False,
+    )
+
+
+def outcome(run: Run) -> Outcome:
+    """How a run stands."""
+    ended, message, step, numbers = summary(run), failure(run), last_step(run), {}
+    state = "failed" if message else "stopped" if step else "not started"
+    if ended:
+        numbers = measure(run)
+        state = "finished" if numbers["val_loss"] is not None else "failed"
+        message = None if state == "finished" else "the validation loss is not finite"
+    return Outcome(
+        seed=run.seed,
+        folder=run.name,
+        state=state,
+        step=step,
+        message=message,
+        ranks=ended["layout"]["num_ranks"] if ended else None,
+        device=ended["device"] if ended else None,
+        numbers=numbers if state == "finished" else {},
+    )
+
+
+def measure(run: Run) -> dict[str, float | None]:
+    """The numbers of a finished run, from its records."""
+    training = run.config.training
+    lines = list(read_records(run.folder / "metrics.jsonl"))
+    evaluation = [line for line in lines if "val_loss" in line][-1]
+    steps = [line for line in lines if "balance" in line]
+    late = [line["balance"]["mean"] for line in steps if line["step"] > 0.75 * training.steps]
+    tokens_per_step = training.global_batch_size * training.sequence_length
+    return {
+        "val_loss": evaluation["val_loss"],
+        "val_bits_per_byte": evaluation.get("val_bits_per_byte"),
+        "max_vio_global": evaluation["max_vio_global"],
+        "max_vio_batch": _mean(line["max_vio_batch"] for line in late),
+        "drop_rate": _mean(line["drop_rate"] for line in late),
+        "step_seconds": median(tokens_per_step / line["tokens_per_second"] for line in steps),
+        "idle_share": idle_share(run.folder, 0.75 * training.steps),
+    }
+
+
+def idle_share(folder: Path, after_step: float) -> float | None:
+    """Share of the ranks' time in steps that they waited for the slowest of their peers to compute its experts.
+
+    Of the forward passes of the timed steps after `after_step`, from load/rank_*.jsonl; None if nothing was timed.
+    """
+    lines_of_step: dict[int, dict[int, Record]] = {}
+    for path in folder.glob("load/rank_*.jsonl"):
+        for line in read_records(path):
+            if line["step"] > after_step:
+                lines_of_step.setdefault(line["step"], {})[line["rank"]] = line
+    idle = total = 0.0
+    for of_rank in lines_of_step.values():
+        for line in of_rank.values():
+            waits = [_idle(number, layer, of_rank) for number, layer in line["layers"].items() if layer.get("timed_steps")]
+            if waits:
+                idle += sum(waits)
+                total += line["seconds"] / line["steps"]
+    return idle / total if total else None
+
+
+def _idle(number: str, layer: Record, of_rank: dict[int, Record]) -> float:
+    """Seconds of a step that the slowest peer spent in the experts of the layer, less this rank's own."""
+    peers = [of_rank[rank]["layers"][number] for rank in layer["peers"] if rank in of_rank]
+    seconds = [peer["seconds"]["experts"] / peer["timed_steps"] for peer in peers if peer["timed_steps"]]
+    return max(seconds) - layer["seconds"]["experts"] / layer["timed_steps"]
+
+
+def pareto_front(points: dict[str, tuple[float | None, float | None]]) -> set[str]:
+    """Names of the points than which no other is better in one number and as good in the other; less is better."""
+    whole = {name: point for name, point in points.items() if None not in point}
+    return {
+        name
+        for name, (x, y) in whole.items()
+        if not any(a <= x and b <= y and (a, b) != (x, y) for a, b in whole.values())  # type: ignore[operator]
+    }
+
+
+def _mean(values: Iterable[float]) -> float | None:
+    found = list(values)
+    return mean(found) if found else None
+
+
+def as_record(trials: list[Trial], config: Path) -> Record:
+    """What compare.json holds."""
+    return {"version": 1, "config": str(config), "trials": [asdict(trial) for trial in trials]}
+
+
+def headings() -> list[str]:
+    """Of the table."""
+    return ["", "trial", "runs", *(heading for heading, _, _ in NUMBERS.values()), "causal", "front"]
+
+
+def rows(trials: list[Trial]) -> list[list[str]]:
+    """The cells of the table: a numbered row for each trial."""
+    return [
+        [
+            str(number),
+            trial.name,
+            _states(trial),
+            *(_cell(trial, key) for key in NUMBERS),
+            "no" if trial.looks_ahead else "yes",
+            "yes" if trial.on_front else "",
+        ]
+        for number, trial in enumerate(trials, 1)
+    ]
+
+
+def _states(trial: Trial) -> str:
+    """`2`, or `1 of 2, 1 failed`."""
+    states = [outcome.state for outcome in trial.outcomes]
+    others = [f"{states.count(state)} {state}" for state in ("failed", "stopped", "not started") if state in states]
+    return ", ".join([f"{len(trial.finished)} of {len(states)}", *others]) if others else str(len(states))
+
+
+def _cell(trial: Trial, key: str) -> str:
+    _, text, has_spread = NUMBERS[key]
+    value, spread = trial.means[key], trial.spreads[key]
+    if value is None:
+        return "-"
+    return text.format(value) + (f" ± {text.format(spread)}" if has_spread and spread is not None else "")
+
+
+def notes(trials: list[Trial], runs: Iterable[Run]) -> list[str]:
+    """What a reader of the table has to know besides: failures, and runs that cannot be compared."""
+    found = [
+        f"{outcome.folder} failed after step {outcome.step}: {_short(outcome.message)}"
+        for trial in trials
+        for outcome in trial.outcomes
+        if outcome.message
+    ]
+    machines = {(o.ranks, o.device) for trial in trials for o in trial.finished}
+    if len(machines) > 1:
+        told = " and ".join(f"{ranks} ranks on {device}" for ranks, device in sorted(machines, key=str))
+        found.append(f"The runs were made with {told}: their step times and idle shares are not comparable.")
+    seeing = sorted({run.trial for run in runs if run.config.routing.evaluation == "as_trained"})
+    if seeing:
+        found.append(
+            f"{', '.join(seeing)}: routing.evaluation: as_trained, so the validation loss knows later tokens and is too low."
+        )
+    return found
+
+
+def _short(message: str | None) -> str:
+    """The first line of a message, or the last of a traceback."""
+    lines = (message or "").splitlines()
+    place = -1 if any("Traceback" in line for line in lines[:1]) else 0
+    return lines[place]
+
+
+def markdown(trials: list[Trial], runs: list[Run]) -> str:
+    """What compare.md holds."""
+    lines = [headings(), ["---"] * len(headings()), *rows(trials)]
+    table = "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+    return "\n\n".join([table, *(f"- {note}" for note in notes(trials, runs)), DEFINITIONS]) + "\n"
