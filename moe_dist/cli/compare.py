@@ -2,6 +2,7 @@
 
 import json
 import shlex
+import sys
 import time
 from pathlib import Path
 from typing import Annotated
@@ -23,7 +24,8 @@ WIDTH = 160
 """Columns of the table where there is no terminal: nothing is folded."""
 
 ComparisonFile = Annotated[
-    Path, typer.Argument(metavar="CONFIG", help="YAML file of a base, seeds and trials, such as those in configs/compare/.")
+    Path,
+    typer.Argument(metavar="CONFIG", help="YAML file of a base, seeds and trials, such as those in configs/compare/."),
 ]
 Output = Annotated[
     Path | None,
@@ -32,7 +34,8 @@ Output = Annotated[
 List = Annotated[
     bool,
     typer.Option(
-        "--list", help="Start nothing: print the command of each run that is not finished, and make the table of the others."
+        "--list",
+        help="Start nothing: print the command of each run that is not finished, and make the table of the others.",
     ),
 ]
 
@@ -46,7 +49,8 @@ def compare(
     """
     if (launcher := read_environment().launcher) != "single":
         raise ConfigError(
-            f"compare: was started by {launcher}; start it once, by itself: it starts the ranks, or with --list says what to start"
+            f"compare: was started by {launcher}; start it once, without a launcher: it starts the ranks itself, or with --list "
+            "prints the commands for your launcher"
         )
     output = output or Path("runs") / f"compare-{config.stem}"
     runs = load_runs(config, overrides or [], ranks, output)
@@ -55,7 +59,7 @@ def compare(
         _list(runs, ranks)
         _write(runs, config, output)
         raise typer.Exit(0)
-    console = Console(markup=False, highlight=False)
+    console = Console(markup=False, highlight=False, width=None if sys.stdout.isatty() else WIDTH)
     stopped = _train_all(runs, ranks, output, console)
     trials = _write(runs, config, output)
     _show(trials, runs, output, console)
@@ -76,30 +80,32 @@ def _list(runs: list[Run], num_ranks: int | None) -> None:
 def _train_all(runs: list[Run], num_ranks: int | None, output: Path, console: Console) -> int:
     """Train what is not finished; returns the signal that stopped it, or 0."""
     num_trials, num_seeds = len({run.trial for run in runs}), len({run.seed for run in runs})
-    console.print(
-        f"{num_trials} trials x {num_seeds} seeds = {len(runs)} runs; results go to {output}", soft_wrap=True
-    )
+    console.print(f"{num_trials} trials x {num_seeds} seeds = {len(runs)} runs; results go to {output}", soft_wrap=True)
 
     def tell_waiting() -> None:
-        console.print(f"waiting for another moe-dist compare in {output}, or for the run that it started", soft_wrap=True)
+        console.print(
+            f"waiting for another moe-dist compare in {output}, or for the run that it started", soft_wrap=True
+        )
 
     with locked(output, tell_waiting) as lock, StopRequest() as stop:
         for number, run in enumerate(runs, 1):
-            if stop.number:
-                break
-            title = f"[{number}/{len(runs)}] {run.name}"
-            if summary(run) is None:
-                step = last_step(run)
-                console.print(f"{title}: {f'going on; it was at step {step}' if step else 'training'}", soft_wrap=True)
-                began = time.monotonic()
-                write_config(run)
-                with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
-                    task = progress.add_task("  step", total=run.config.training.steps)
-                    train(run, num_ranks, lock, stop, lambda step: progress.update(task, completed=step))
-                console.print(f"{title}: {_ending(run)}, {time.monotonic() - began:.0f} s", soft_wrap=True)
-            else:
-                console.print(f"{title}: {_ending(run)}, before", soft_wrap=True)
+            if not stop.number:
+                _train(run, f"[{number}/{len(runs)}] {run.name}", num_ranks, lock, stop, console)
         return stop.number
+
+
+def _train(run: Run, title: str, num_ranks: int | None, lock: int, stop: StopRequest, console: Console) -> None:
+    """Train one run unless it is finished, with a line before and after."""
+    if summary(run) is not None:
+        console.print(f"{title}: {_ending(run)}, before", soft_wrap=True)
+        return
+    step, began = last_step(run), time.monotonic()
+    console.print(f"{title}: {f'going on; it was at step {step}' if step else 'training'}", soft_wrap=True)
+    write_config(run)
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
+        task = progress.add_task("  step", total=run.config.training.steps)
+        train(run, num_ranks, lock, stop, lambda step: progress.update(task, completed=step))
+    console.print(f"{title}: {_ending(run)}, {time.monotonic() - began:.0f} s", soft_wrap=True)
 
 
 def _ending(run: Run) -> str:
@@ -130,7 +136,8 @@ def _show(trials: list[Trial], runs: list[Run], output: Path, console: Console) 
     for cells in rows(trials):
         table.add_row(*cells)
     console.print()
-    console.print(table, width=None if console.is_terminal else WIDTH)
+    console.print(table)
     for note in notes(trials, runs):
         console.print(note, soft_wrap=True)
-    console.print(f"table in {output / 'compare.md'}, plot in {output / 'pareto.html'}", soft_wrap=True)
+    plot = f", plot in {output / 'pareto.html'}" if any(trial.finished for trial in trials) else ""
+    console.print(f"table in {output / 'compare.md'}{plot}", soft_wrap=True)

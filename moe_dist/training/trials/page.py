@@ -5,8 +5,8 @@ from html import escape
 from plotly import graph_objects
 from plotly.io import to_html
 
-from moe_dist.training.trials.results import DEFINITIONS, Trial, headings, notes, rows
 from moe_dist.training.trials.plan import Run
+from moe_dist.training.trials.results import DEFINITIONS, Trial, headings, notes, rows
 
 LEAST = 0.01
 """MaxVio below this is drawn here: the axis is logarithmic, and exactly balanced methods have 0."""
@@ -69,11 +69,15 @@ def _figure(trials: list[Trial]) -> graph_objects.Figure:
     drawn = [
         (number, trial, trial.means["max_vio_global"], trial.means["val_loss"])
         for number, trial in enumerate(trials, 1)
-        if None not in (trial.means["max_vio_global"], trial.means["val_loss"])
+        if trial.finished
     ]
     front = sorted((_shown(x), y) for _, trial, x, y in drawn if trial.on_front)
     figure.add_scatter(
-        x=[x for x, _ in front], y=[y for _, y in front], mode="lines", line={"color": FRONT, "width": 1.5}, hoverinfo="skip"
+        x=[x for x, _ in front],
+        y=[y for _, y in front],
+        mode="lines",
+        line={"color": FRONT, "width": 1.5},
+        hoverinfo="skip",
     )
     for number, trial, x, y in drawn:
         color = FRONT if trial.on_front else OTHER

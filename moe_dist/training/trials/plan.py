@@ -1,10 +1,10 @@
 """The YAML file of `moe-dist compare` -> the runs that it means, each with a checked config.
 
-    base: ../quickstart.yaml        # a config, by its path from this file, or as a section
-    seeds: [0, 1]                   # training.seed of the runs of each trial
-    trials:
-      plain: {}                     # a name, and what it changes: dotted keys with their values
-      sign: {routing.bias.rule: sign, routing.bias.rate: 1.0e-3}
+base: ../quickstart.yaml        # a config, by its path from this file, or as a section
+seeds: [0, 1]                   # training.seed of the runs of each trial
+trials:
+  plain: {}                     # a name, and what it changes: dotted keys with their values
+  sign: {routing.bias.rule: sign, routing.bias.rate: 1.0e-3}
 """
 
 import re
@@ -85,7 +85,9 @@ def _read(path: Path) -> Plan:
     except ValidationError as error:
         raise ConfigError(explain(error, Plan)) from None
     if not plan.seeds or len(set(plan.seeds)) < len(plan.seeds):
-        raise ConfigError(f"seeds: {show(plan.seeds)} is not valid; it should be a list of different seeds, such as [0, 1]")
+        raise ConfigError(
+            f"seeds: {show(plan.seeds)} is not valid; it should be a list of different seeds, such as [0, 1]"
+        )
     if not plan.trials:
         raise ConfigError("trials: is empty; it should hold a name for each trial, with the keys that it changes")
     return plan
@@ -113,7 +115,9 @@ def _changes(name: object, changes: object) -> dict[str, Any]:
         )
     for key in changes:
         if not isinstance(key, str) or not all(part.strip() for part in key.split(".")):
-            raise ConfigError(f"trials.{name}: {show(key)} is not valid; it should be a dotted key, such as routing.bias.rule")
+            raise ConfigError(
+                f"trials.{name}: {show(key)} is not valid; it should be a dotted key, such as routing.bias.rule"
+            )
     return changes
 
 
@@ -156,7 +160,7 @@ def _check_text(configs: list[Config]) -> None:
 
 
 def check_folders(runs: list[Run]) -> None:
-    """Whether what is in the folders of the runs was made by these configs. Raises ConfigError, naming the first keys that differ."""
+    """Raise ConfigError if the folder of a run was made by another config, naming the keys that differ."""
     for run in runs:
         saved = run.folder / "config.yaml"
         if not saved.exists():

@@ -46,8 +46,8 @@ class Outcome:
     """Why it failed."""
     ranks: int | None
     device: str | None
-    numbers: dict[str, float | None]
-    """By the keys of NUMBERS; empty unless finished."""
+    numbers: dict[str, float]
+    """By the keys of NUMBERS, without those that were not recorded; empty unless finished."""
 
 
 @dataclass(frozen=True)
@@ -59,10 +59,10 @@ class Trial:
     looks_ahead: list[str]
     """The keys by which it is not causal; empty if it is."""
     outcomes: list[Outcome]
-    means: dict[str, float | None]
-    """Over the finished runs; None where there is no number."""
-    spreads: dict[str, float | None]
-    """Sample standard deviations over the seeds; None for fewer than two."""
+    means: dict[str, float]
+    """Over the finished runs, by the keys of NUMBERS that they have."""
+    spreads: dict[str, float]
+    """Sample standard deviations over the finished runs, where there are two or more."""
     on_front: bool
 
     @property
@@ -76,32 +76,34 @@ def results(runs: Iterable[Run]) -> list[Trial]:
     for run in runs:
         by_trial.setdefault(run.trial, []).append(run)
     trials = [_trial(name, same) for name, same in by_trial.items()]
-    front = pareto_front({trial.name: (trial.means["val_loss"], trial.means["max_vio_global"]) for trial in trials})
+    points = {
+        trial.name: (trial.means["val_loss"], trial.means["max_vio_global"]) for trial in trials if trial.finished
+    }
+    front = pareto_front(points)
     return [replace(trial, on_front=trial.name in front) for trial in trials]
 
 
 def _trial(name: str, runs: list[Run]) -> Trial:
     outcomes = [outcome(run) for run in runs]
-    found = {key: [o.numbers[key] for o in outcomes if o.numbers.get(key) is not None] for key in NUMBERS}
+    found = {key: [o.numbers[key] for o in outcomes if key in o.numbers] for key in NUMBERS}
     return Trial(
         name=name,
         method=runs[0].config.routing.method,
         looks_ahead=keys_that_look_ahead(runs[0].config.routing),
         outcomes=outcomes,
-        means={key: mean(values) if values else None for key, values in found.items()},
-        spreads={key: stdev(values) if len(values) > 1 else None for key, values in found.items()},
+        means={key: mean(values) for key, values in found.items() if values},
+        spreads={key: stdev(values) for key, values in found.items() if len(values) > 1},
         on_front=False,
     )
 
 
 def outcome(run: Run) -> Outcome:
     """How a run stands."""
-    ended, message, step, numbers = summary(run), failure(run), last_step(run), {}
-    state = "failed" if message else "stopped" if step else "not started"
-    if ended:
-        numbers = measure(run)
-        state = "finished" if numbers["val_loss"] is not None else "failed"
-        message = None if state == "finished" else "the validation loss is not finite"
+    ended, message, step = summary(run), failure(run), last_step(run)
+    numbers = measure(run) if ended else {}
+    if ended and "val_loss" not in numbers:
+        message = "the validation loss is not finite"
+    state = "failed" if message else "finished" if ended else "stopped" if step else "not started"
     return Outcome(
         seed=run.seed,
         folder=run.name,
@@ -114,7 +116,7 @@ def outcome(run: Run) -> Outcome:
     )
 
 
-def measure(run: Run) -> dict[str, float | None]:
+def measure(run: Run) -> dict[str, float]:
     """The numbers of a finished run, from its records."""
     training = run.config.training
     lines = list(read_records(run.folder / "metrics.jsonl"))
@@ -122,15 +124,16 @@ def measure(run: Run) -> dict[str, float | None]:
     steps = [line for line in lines if "balance" in line]
     late = [line["balance"]["mean"] for line in steps if line["step"] > 0.75 * training.steps]
     tokens_per_step = training.global_batch_size * training.sequence_length
-    return {
+    numbers = {
         "val_loss": evaluation["val_loss"],
-        "val_bits_per_byte": evaluation.get("val_bits_per_byte"),
+        "val_bits_per_byte": evaluation["val_bits_per_byte"],
         "max_vio_global": evaluation["max_vio_global"],
-        "max_vio_batch": _mean(line["max_vio_batch"] for line in late),
-        "drop_rate": _mean(line["drop_rate"] for line in late),
+        "max_vio_batch": mean(line["max_vio_batch"] for line in late),
+        "drop_rate": mean(line["drop_rate"] for line in late),
         "step_seconds": median(tokens_per_step / line["tokens_per_second"] for line in steps),
         "idle_share": idle_share(run.folder, 0.75 * training.steps),
     }
+    return {key: value for key, value in numbers.items() if value is not None}
 
 
 def idle_share(folder: Path, after_step: float) -> float | None:
@@ -146,7 +149,9 @@ def idle_share(folder: Path, after_step: float) -> float | None:
     idle = total = 0.0
     for of_rank in lines_of_step.values():
         for line in of_rank.values():
-            waits = [_idle(number, layer, of_rank) for number, layer in line["layers"].items() if layer.get("timed_steps")]
+            waits = [
+                _idle(number, layer, of_rank) for number, layer in line["layers"].items() if layer.get("timed_steps")
+            ]
             if waits:
                 idle += sum(waits)
                 total += line["seconds"] / line["steps"]
@@ -160,19 +165,13 @@ def _idle(number: str, layer: Record, of_rank: dict[int, Record]) -> float:
     return max(seconds) - layer["seconds"]["experts"] / layer["timed_steps"]
 
 
-def pareto_front(points: dict[str, tuple[float | None, float | None]]) -> set[str]:
+def pareto_front(points: dict[str, tuple[float, float]]) -> set[str]:
     """Names of the points than which no other is better in one number and as good in the other; less is better."""
-    whole = {name: point for name, point in points.items() if None not in point}
     return {
         name
-        for name, (x, y) in whole.items()
-        if not any(a <= x and b <= y and (a, b) != (x, y) for a, b in whole.values())  # type: ignore[operator]
+        for name, (x, y) in points.items()
+        if not any(a <= x and b <= y and (a, b) != (x, y) for a, b in points.values())
     }
-
-
-def _mean(values: Iterable[float]) -> float | None:
-    found = list(values)
-    return mean(found) if found else None
 
 
 def as_record(trials: list[Trial], config: Path) -> Record:
@@ -209,10 +208,10 @@ def _states(trial: Trial) -> str:
 
 def _cell(trial: Trial, key: str) -> str:
     _, text, has_spread = NUMBERS[key]
-    value, spread = trial.means[key], trial.spreads[key]
-    if value is None:
+    if key not in trial.means:
         return "-"
-    return text.format(value) + (f" ± {text.format(spread)}" if has_spread and spread is not None else "")
+    spread = f" ± {text.format(trial.spreads[key])}" if has_spread and key in trial.spreads else ""
+    return text.format(trial.means[key]) + spread
 
 
 def notes(trials: list[Trial], runs: Iterable[Run]) -> list[str]:
