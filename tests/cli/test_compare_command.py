@@ -62,7 +62,9 @@ class Chain:
 @pytest.fixture(scope="module")
 def chain(folder: Path) -> Chain:
     output = folder / "out"
-    killed = compare(folder / "plan.yaml", output, "capped-seed0").go(until_step=25, then=lambda process: process.kill())
+    killed = compare(folder / "plan.yaml", output, "capped-seed0").go(
+        until_step=25, then=lambda process: process.kill()
+    )
     finished = {path.name: path.read_bytes() for path in (output / "none-seed0").iterdir() if path.is_file()}
     stopped = compare(folder / "plan.yaml", output, "none-seed1")
     stopped.go(until_step=25, then=lambda process: process.send_signal(signal.SIGINT))
@@ -107,7 +109,9 @@ def test_the_numbers_are_those_of_the_run_folders(chain: Chain) -> None:
     found = json.loads((chain.output / "compare.json").read_text())
     assert [trial["name"] for trial in found["trials"]] == ["none", "capped"]
     for trial in found["trials"]:
-        expected: dict[str, list[float]] = {key: [] for key in ("val_loss", "max_vio_global", "max_vio_batch", "drop_rate")}
+        expected: dict[str, list[float]] = {
+            key: [] for key in ("val_loss", "max_vio_global", "max_vio_batch", "drop_rate")
+        }
         for seed in (0, 1):
             lines = records(chain.output / f"{trial['name']}-seed{seed}")
             evaluation = next(line for line in lines if "val_loss" in line)
@@ -150,7 +154,10 @@ def test_a_finished_comparison_starts_nothing(chain: Chain, folder: Path, monkey
 def test_a_finished_run_of_another_config_is_an_error_that_names_the_key(chain: Chain, folder: Path) -> None:
     result = invoke(folder / "plan.yaml", "routing.bias.rate=0.1", "--output", str(chain.output))
     assert result.exit_code == 2
-    assert "routing.bias.rate: 0.1 differs from 0.005, with which none-seed0 was made; give another --output" in result.stderr
+    assert (
+        "routing.bias.rate: 0.1 differs from 0.005, with which none-seed0 was made; give another --output"
+        in result.stderr
+    )
     assert result.stdout == ""
 
 
@@ -161,7 +168,9 @@ def test_a_run_that_fails_is_a_row_that_says_so_and_does_not_end_the_others(fold
     trials = {"diverges": {"training.optimizer.learning_rate": 1e30}, "trains": {}}
     base = yaml.safe_load((folder / "config/tiny.yaml").read_text())
     base["training"]["evaluation"] = {"interval": 8, "tokens": 256}
-    (folder / "failing.yaml").write_text(yaml.safe_dump({"base": base, "seeds": [0], "trials": trials}, sort_keys=False))
+    (folder / "failing.yaml").write_text(
+        yaml.safe_dump({"base": base, "seeds": [0], "trials": trials}, sort_keys=False)
+    )
     output = folder / "failing"
     run = compare(folder / "failing.yaml", output, "trains-seed0").go()
     assert run.exit_code == 1

@@ -25,22 +25,26 @@ h1 { font-size: 1.4rem; }
 table { border-collapse: collapse; width: 100%; font-size: 0.9rem; }
 th, td { padding: 0.3rem 0.5rem; border-bottom: 1px solid var(--line); text-align: right; vertical-align: top; }
 th:nth-child(2), td:nth-child(2), th:nth-child(3), td:nth-child(3) { text-align: left; }
-td { overflow-wrap: anywhere; }
+td { overflow-wrap: break-word; }
+@media (max-width: 40rem) { .plot { max-width: 22rem; } }
 @media (max-width: 60rem) {
   thead { display: none; }
   tr { display: block; padding: 0.6rem 0; border-bottom: 1px solid var(--line); }
   td, td:nth-child(2), td:nth-child(3) { display: flex; justify-content: space-between; gap: 1rem; border: 0;
-    padding: 0.1rem 0; text-align: right; }
+    padding: 0.1rem 0; text-align: right; overflow-wrap: anywhere; }
   td::before { content: attr(data-heading); text-align: left; opacity: 0.75; }
 }
+"""
+
+FOLLOW_WIDTH = """
+const plot = document.querySelector(".js-plotly-plot");
+new ResizeObserver(() => Plotly.Plots.resize(plot)).observe(plot.closest(".plot"));
 """
 
 
 def page(trials: list[Trial], runs: list[Run], title: str) -> str:
     """A whole HTML page: mean validation loss against mean MaxVio_global of each trial that has both."""
-    plot = to_html(
-        _figure(trials), include_plotlyjs=True, full_html=False, config={"responsive": True, "displayModeBar": False}
-    )
+    plot = to_html(_figure(trials), include_plotlyjs=True, full_html=False, config={"displayModeBar": False})
     remarks = "".join(f"<li>{escape(note)}</li>" for note in notes(trials, runs))
     return f"""<!DOCTYPE html>
 <html lang="en">
@@ -59,6 +63,7 @@ is a lower loss. Blue trials, joined by the line, are the Pareto front: no other
 {_table(trials)}
 <ul>{remarks}</ul>
 <p>{escape(DEFINITIONS)}</p>
+<script>{FOLLOW_WIDTH}</script>
 </body>
 </html>
 """

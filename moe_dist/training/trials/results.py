@@ -193,7 +193,7 @@ def rows(trials: list[Trial]) -> list[list[str]]:
             _states(trial),
             *(_cell(trial, key) for key in NUMBERS),
             "no" if trial.looks_ahead else "yes",
-            "yes" if trial.on_front else "",
+            "yes" if trial.on_front else "no" if trial.finished else "-",
         ]
         for number, trial in enumerate(trials, 1)
     ]
