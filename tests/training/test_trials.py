@@ -15,6 +15,7 @@ from moe_dist.training.trials.plan import Run, check_folders, load_runs, write_c
 from moe_dist.training.trials.results import headings, idle_share, markdown, notes, pareto_front, results, rows
 from tests.support.telemetry_runs import write_run
 
+ROOT = Path(__file__).parents[2]
 BASE = {"training": {"evaluation": {"interval": 10}}, "data": {"source": "files", "paths": ["TEXT"]}}
 SIGN = {"routing.bias.rule": "sign"}
 
@@ -54,6 +55,13 @@ def test_a_base_is_found_beside_the_file(plan: Any, tmp_path: Path) -> None:
     text = str(tmp_path / "text")
     (tmp_path / "base.yaml").write_text(yaml.safe_dump(BASE | {"moe": {"num_experts": 4}}).replace("TEXT", text))
     assert load(plan(base="base.yaml"))[0].config.moe.num_experts == 4
+
+
+def test_the_example_of_the_guide_is_valid(tmp_path: Path) -> None:
+    (example,) = re.findall(r"```yaml\n(.*?)```", (ROOT / "docs/compare.md").read_text(), re.DOTALL)
+    path = tmp_path / "example.yaml"
+    path.write_text(example.replace("../quickstart.yaml", str(ROOT / "configs/quickstart.yaml")))
+    assert {run.trial for run in load(path)} == {"none", "sign", "switch"}
 
 
 def test_a_trial_may_replace_a_section_and_does_not_change_the_others(plan: Any) -> None:
