@@ -13,6 +13,7 @@ from typer.core import TyperGroup
 from moe_dist.cli import audit as audit_command
 from moe_dist.cli import compare as compare_command
 from moe_dist.cli import config as config_command
+from moe_dist.cli import report as report_command
 from moe_dist.cli.arguments import ConfigFile, Overrides, Ranks, positive
 from moe_dist.config import ConfigError, load_config
 from moe_dist.config.support import require_package
@@ -52,6 +53,7 @@ app = typer.Typer(cls=Commands, add_completion=False, pretty_exceptions_enable=F
 app.command("config")(config_command.config)
 app.command("audit")(audit_command.audit)
 app.command("compare")(compare_command.compare)
+app.command("report")(report_command.report)
 
 
 @app.callback(invoke_without_command=True)

@@ -190,6 +190,8 @@ class TelemetryConfig(Section):
 
     interval: PositiveInt = 10
     """Steps between lines of metrics.jsonl and load/rank_*.jsonl."""
+    report: Switch = True
+    """Write DIR/report.html when training ends; `moe-dist report DIR` writes it at any time."""
 
 
 class EngineConfig(Section):

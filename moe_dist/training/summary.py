@@ -2,9 +2,11 @@
 
 import json
 import platform
+from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
 
 from moe_dist import __version__
 from moe_dist.config.layout import owner_of_expert
@@ -58,7 +60,22 @@ def finish(training: Training) -> None:
         )
     if training.progress.stopped:
         console.print(f"stopped at step {training.progress.step} of {training.config.training.steps}; --resume goes on")
+    if training.config.telemetry.report:
+        _write_report(training.folder.path, console)
     console.print(f"results in {training.folder.path}", soft_wrap=True)
+
+
+def _write_report(path: Path, console: Console) -> None:
+    """Write DIR/report.html. Whatever goes wrong costs a line, never a run that has been trained."""
+    try:
+        from moe_dist.telemetry.report import write_report  # pandas and plotly, which training needs for nothing else
+
+        write_report([path], path / "report.html")
+    except Exception as error:
+        told = f"{type(error).__name__}: {error}".splitlines()[0]
+        console.print(f"no report.html: {told}; moe-dist report {path} writes it later", soft_wrap=True, markup=False)
+    else:
+        console.print(f"report in {path / 'report.html'}", soft_wrap=True)
 
 
 def _mean(values: list[float]) -> float | None:
