@@ -14,14 +14,14 @@ from moe_dist.config.routing_checks import check_routing
 from moe_dist.config.schema import MoEConfig
 from moe_dist.dispatch import AllToAllDispatcher, to_slices
 from moe_dist.dispatch.exchange import Exchange
-from moe_dist.dispatch.types import Journey
+from moe_dist.dispatch.types import Hop, Journey
 from moe_dist.experts import Experts, FeedForward
 from moe_dist.experts.journey import Stage, untimed
 from moe_dist.initial import draw_normal
-from moe_dist.parallel.traffic import counting
+from moe_dist.parallel.collectives import global_ranks
+from moe_dist.parallel.traffic import Traffic, counting
 from moe_dist.placement import WIDTH_DIMENSION, ExpertMap
 from moe_dist.routing import Routing, Tokens, build_router
-from moe_dist.routing.balance import is_recomputation
 from moe_dist.routing.losses import attach_losses
 from moe_dist.telemetry.recorder import LayerRecorder
 
@@ -109,40 +109,40 @@ class MoELayer(nn.Module):
         """
         hidden_TH = hidden.reshape(-1, hidden.shape[-1])
         tokens = tokens or Tokens(num_sequences=max(1, hidden.shape[0]) if hidden.dim() == 3 else 1)
-        recorder = self.recorder if self.training and not is_recomputation() else None
-        stage = untimed if recorder is None else recorder.stage
+        recorder = self.recorder if self.recorder is not None and self.router.balance.counts_now() else None
+        stage = recorder.stage if recorder is not None and recorder.timed else untimed
         with stage("route"):
-            routing = self.router(hidden_TH, tokens)
-            routing = attach_losses(routing, tokens.share * tokens.gradient_scale)
+            chosen = self.router(hidden_TH, tokens)
+            routing = attach_losses(chosen, tokens.share * tokens.gradient_scale)
             if self.num_slices > 1:
                 routing = to_slices(routing, self.num_slices)
         input_TH = _to_compute_dtype(hidden_TH)
         shared = _Meanwhile(self.shared, input_TH)
         with nullcontext() if recorder is None else counting(recorder.ranks_per_node) as traffic:
-            out_TH, journey = self._travel(input_TH, routing, stage, shared)
+            out_TH, journey, first_hop = self._travel(input_TH, routing, stage, shared)
         if shared.out_TH is not None:
             out_TH = out_TH + shared.out_TH
         if routing.identity_weight_T is not None:
             out_TH = out_TH + input_TH * routing.identity_weight_T.to(input_TH.dtype)[:, None]
         if recorder is not None:
-            segments, row_bytes = journey.segments, input_TH.shape[1] * input_TH.element_size()
-            recorder.add_rows(segments.experts, segments.sizes, journey.send, journey.receive, row_bytes)
             assert traffic is not None
-            recorder.bytes_between_nodes += traffic.between_nodes.total()
-            recorder.add_losses(routing.losses, tokens.share)
+            with recorder.measured():
+                row_bytes = input_TH.shape[1] * input_TH.element_size()
+                _record(recorder, chosen, journey, first_hop, row_bytes, traffic)
+                recorder.add_losses(chosen.losses, tokens.share)
         return out_TH.view(hidden.shape)
 
     def _travel(
         self, input_TH: torch.Tensor, routing: Routing, stage: Stage, meanwhile: "_Meanwhile"
-    ) -> tuple[torch.Tensor, Journey]:
+    ) -> tuple[torch.Tensor, Journey, Hop | None]:
         """[T, H] to the node of their experts where there is an exchange, to the experts, and back."""
         if self.exchange is None:
-            return self._apply_experts(input_TH, routing, stage, meanwhile)
+            return *self._apply_experts(input_TH, routing, stage, meanwhile), None
         with stage("dispatch"):
             hidden_UH, routing_U, ticket = self.exchange.send(input_TH, routing)
         out_UH, journey = self._apply_experts(hidden_UH, routing_U, stage, meanwhile)
         with stage("combine"):
-            return self.exchange.bring_back(out_UH, ticket), journey
+            return self.exchange.bring_back(out_UH, ticket), journey, self.exchange.hop(ticket)
 
     def _apply_experts(
         self, input_TH: torch.Tensor, routing: Routing, stage: Stage, meanwhile: "_Meanwhile"
@@ -198,6 +198,26 @@ def _checked_map(expert_map: ExpertMap | None, moe: MoEConfig, ranks: int, exper
             f"it must place moe.num_experts = {moe.num_experts} on the {owners} ranks of expert_parallel_group{by_slices}"
         )
     return expert_map
+
+
+def _record(
+    recorder: LayerRecorder,
+    routing: Routing,
+    journey: Journey,
+    first_hop: Hop | None,
+    row_bytes: int,
+    traffic: Traffic,
+) -> None:
+    """Write down one forward; `routing` is the router's own, of experts and not of slices of them."""
+    padded = routing.pairs_per_expert is not None
+    recorder.add_pairs(routing.load_E, routing.dropped_E, routing.expert_P if padded else None)
+    segments = journey.segments
+    recorder.add_computed(segments.experts, segments.sizes)
+    for hop in (first_hop, journey.hop):
+        if hop is not None:
+            recorder.add_rows(global_ranks(hop.group), hop.send, hop.receive, row_bytes)
+    recorder.add_bytes(traffic.inside_node.total(), traffic.between_nodes.total())
+    recorder.own_seconds += traffic.seconds
 
 
 class _Meanwhile:

@@ -69,10 +69,11 @@ def test_backends_are_the_loop(backend: str, dtype: torch.dtype, tolerance: floa
 
 def test_stages_are_timed_by_the_device() -> None:
     layer = MoELayer(64, MoEConfig(num_experts=8, ffn_size=32), RoutingConfig()).cuda()
-    layer.recorder = LayerRecorder(torch.device("cuda"))
+    layer.recorder = LayerRecorder(torch.device("cuda"), 8, 8)
     layer(torch.randn(4, 32, 64, device="cuda"))
-    assert set(layer.recorder.seconds()) == set(STAGES)
-    assert all(seconds > 0 for seconds in layer.recorder.seconds().values())
+    seconds = layer.recorder.take().stage_seconds()
+    assert set(seconds) == set(STAGES)
+    assert all(value > 0 for value in seconds.values())
 
 
 @pytest.mark.parametrize("method", METHOD_NAMES)

@@ -188,8 +188,14 @@ class TrainingConfig(Section):
 class TelemetryConfig(Section):
     """Records in DIR."""
 
-    interval: PositiveInt = 10
-    """Steps between lines of metrics.jsonl and load/rank_*.jsonl."""
+    interval: PositiveInt | None = 10
+    """Steps between lines of metrics.jsonl and load/rank_*.jsonl. null: no such lines, nothing is counted, and of metrics.jsonl
+    the evaluations are left."""
+    timed_steps: PositiveInt = 1
+    """Steps between two lines whose stages are timed."""
+    peak_flops: PositiveFloat | None = None
+    """FLOP/s of one device at this precision, for the model FLOP/s utilisation. Default: in bfloat16 what the makers of common
+    GPUs give for dense matrices; of others no utilisation is recorded."""
     report: Switch = True
     """Write DIR/report.html when training ends; `moe-dist report DIR` writes it at any time."""
 

@@ -32,6 +32,20 @@ def size_of(config: Config) -> ModelSize:
     )
 
 
+def flops_per_token(config: Config) -> float:
+    """Floating-point operations that training a token needs, forward and backward (arXiv 2204.02311, appendix B).
+
+    6 for each active weight, of which the router's are, but not the input embedding's, and 12 x heads x head size x sequence
+    length for the attention scores of a layer, as if no position were masked. What is computed again in backward, empty rows
+    and what a balancing method computes are no part of it.
+    """
+    size, model = size_of(config), config.model
+    looked_up = 0 if model.tie_embeddings else (model.vocab_size or BYTE_VOCABULARY) * model.hidden_size
+    width = model.num_heads * (model.head_size or model.hidden_size // model.num_heads)
+    attention = 12 * model.num_layers * width * config.training.sequence_length
+    return 6.0 * (size.rest + size.active_experts - looked_up) + attention
+
+
 def _embeddings(config: Config) -> int:
     """Input and output embedding, and the last norm."""
     model = config.model

@@ -104,6 +104,9 @@ class DeepEPExchange(nn.Module):
         """[T, H]: rows return to the rank they came from and are added up over the ranks of each token."""
         return _Combine.apply(out_UH, ticket.handle, self.buffer)
 
+    def hop(self, ticket: DeepEPTicket) -> None:
+        """What moved is inside DeepEP's handle."""
+
 
 def _buffer(group: dist.ProcessGroup, hidden_size: int) -> Any:
     try:

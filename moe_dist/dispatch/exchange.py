@@ -9,6 +9,7 @@ from moe_dist.config.deepep import most_choices
 from moe_dist.config.schema import Config
 from moe_dist.dispatch.deepep import DeepEPExchange
 from moe_dist.dispatch.hierarchical import HierarchicalExchange
+from moe_dist.dispatch.types import Hop
 from moe_dist.parallel.environment import ranks_of_a_node
 from moe_dist.parallel.groups import build_node_groups
 from moe_dist.placement import ExpertMap
@@ -26,6 +27,9 @@ class Exchange(Protocol):
 
     def bring_back(self, out_UH: torch.Tensor, ticket: Any) -> torch.Tensor:
         """[T, H]: the sums of each token's rows."""
+
+    def hop(self, ticket: Any) -> Hop | None:
+        """The rows that `send` moved; None where it moves none, or does not learn how many."""
 
 
 def build_exchange(config: Config, expert_map: ExpertMap, group: dist.ProcessGroup | None) -> Exchange | None:

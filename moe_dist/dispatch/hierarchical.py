@@ -31,7 +31,7 @@ from torch import nn
 
 from moe_dist.dispatch.dispatcher import AllToAllDispatcher
 from moe_dist.dispatch.rows import slots_to_tokens, tokens_to_slots
-from moe_dist.dispatch.types import Plan, Ticket
+from moe_dist.dispatch.types import Hop, Plan, Ticket
 from moe_dist.parallel.collectives import all_to_all, all_to_all_rows
 from moe_dist.parallel.groups import NodeGroups
 from moe_dist.placement import ExpertMap
@@ -113,6 +113,10 @@ class HierarchicalExchange(nn.Module):
             return self.padded.combine(out_UH, ticket)
         rows_VH = all_to_all_rows(out_UH, ticket.receive, ticket.send, self.group)
         return slots_to_tokens(rows_VH, None, ticket.plan)
+
+    def hop(self, ticket: ExchangeTicket | Ticket) -> Hop:
+        """Rows to and from each node, whose rank of the same place takes and gives them."""
+        return ticket.journey.hop if isinstance(ticket, Ticket) else Hop(self.group, ticket.send, ticket.receive)
 
     def _send_slots(self, hidden_TH: torch.Tensor, routing: Routing) -> tuple[torch.Tensor, Routing, Ticket]:
         """All slots of a node in one message. Weights are applied at home, so that inside the node they are 1."""

@@ -58,6 +58,16 @@ class Plan:
 
 
 @dataclass(frozen=True)
+class Hop:
+    """How many rows moved between this rank and each of a group, on their way to the experts."""
+
+    group: dist.ProcessGroup | None
+    """None: this rank alone."""
+    send: list[int]
+    receive: list[int]
+
+
+@dataclass(frozen=True)
 class Journey:
     """A plan, and which of its slots go to which rank."""
 
@@ -83,6 +93,11 @@ class Journey:
     def receive(self) -> list[int]:
         """Rows from each rank of the group."""
         return _total([chunk.receive for chunk in self.chunks])
+
+    @property
+    def hop(self) -> Hop:
+        """What moves: slots, empty ones too."""
+        return Hop(self.group, self.send, self.receive)
 
     @property
     def segments(self) -> Segments:

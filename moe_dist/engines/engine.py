@@ -59,6 +59,8 @@ class Engine(ABC):
         self.all_ranks = dist.group.WORLD if layout.num_ranks > 1 else None
         self.data_group = self.all_ranks
         """The ranks that hold different tokens and the same layers; None for one. An engine that splits layers sets it."""
+        self.counts_tokens = True
+        """False on all but one of the ranks that hold the same tokens and layers. An engine that has such ranks sets it."""
 
     def watch(self, moe_layers: dict[int, MoELayer]) -> None:
         """Take the routers and recorders of this rank's MoE layers, by layer number."""
@@ -66,10 +68,14 @@ class Engine(ABC):
         self.routers = [layer.router for layer in moe_layers.values()]
         for router in self.routers:
             router.tolerates_nonfinite = True  # train_step skips such a step, and first_nonfinite names the layer
+        self.recorders: dict[int, LayerRecorder] = {}
+        if self.config.telemetry.interval is None:
+            return
         node = ranks_of_a_node(self.config.parallel.ranks_per_node)
-        self.recorders = {number: LayerRecorder(self.device, node) for number in moe_layers}
         for number, layer in moe_layers.items():
-            layer.recorder = self.recorders[number]
+            sizes = layer.expert_map.num_experts, len(layer.own_experts)
+            layer.recorder = LayerRecorder(self.device, *sizes, node, self.counts_tokens)
+            self.recorders[number] = layer.recorder
 
     # What an engine does in its own way.
 

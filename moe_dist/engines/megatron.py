@@ -70,6 +70,7 @@ class MegatronEngine(Engine):
             if config.engine.emulate_cuda:
                 self.precision = "float32"
             self.data_group = _unless_alone(parallel_state.get_data_parallel_group())
+            self.counts_tokens = parallel_state.get_tensor_model_parallel_rank() == 0
             self.vocab_size, self.record = vocab_size, TokenRecord()
             self._build()
         self.watch(

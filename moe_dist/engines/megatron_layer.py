@@ -232,6 +232,9 @@ class TensorShare(nn.Module):
         """[T, H] on every rank."""
         return gather_from_sequence_parallel_region(out_UH, False, self.tensor_group)
 
+    def hop(self, ticket: None) -> None:
+        """No row moves: each rank had all of them."""
+
 
 def update_balance(model_chunks: Iterable[nn.Module], bias_rate: float) -> None:
     """Let the balancers of all layers follow the loads of the step; collective. Call it once after each global batch."""

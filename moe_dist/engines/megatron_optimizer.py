@@ -126,6 +126,8 @@ def _shards(part: DistributedOptimizer) -> Iterator[tuple[nn.Parameter, slice, t
 
 def _gathered(part: DistributedOptimizer, key: str) -> dict[nn.Parameter, torch.Tensor]:
     parameters = [parameter for buffer in part.buffers for parameter in buffer.params]
+    if not parameters:  # the experts' part, on a stage that has none
+        return {}
     sizes = [parameter.numel() for parameter in parameters]
     flat = torch.zeros(sum(sizes), device=parameters[0].device)
     pieces = {p: piece.view_as(p) for p, piece in zip(parameters, flat.split(sizes), strict=True)}

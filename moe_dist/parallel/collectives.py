@@ -77,3 +77,10 @@ def all_gather_rows(rows_TN: torch.Tensor, group: dist.ProcessGroup | None) -> t
     all_rows = rows_TN.new_empty(dist.get_world_size(group), *rows_TN.shape)
     dist.all_gather(list(all_rows), rows_TN.contiguous(), group=group)
     return all_rows.flatten(0, 1)
+
+
+def global_ranks(group: dist.ProcessGroup | None) -> list[int]:
+    """Numbers of the ranks of a group in the default group; None is this rank alone."""
+    if group is not None:
+        return dist.get_process_group_ranks(group)
+    return [dist.get_rank() if dist.is_initialized() else 0]

@@ -9,6 +9,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from functools import lru_cache
 
 import torch
@@ -16,6 +17,9 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from moe_dist.parallel.environment import Environment
+
+TELEMETRY_TIMEOUT = timedelta(minutes=5)
+"""How long a rank's telemetry waits for that of others, which may write to a slow disk or a slow sink."""
 
 
 @dataclass(frozen=True)
@@ -67,6 +71,16 @@ def _build_groups(
         same_experts=mesh["expert_tensor", "expert_data"],
         device=device,
     )
+
+
+def telemetry_group() -> dist.ProcessGroup | None:
+    """All ranks, over gloo, for what is collected beside training; None for one rank. Collective; made once."""
+    return _telemetry_group(dist.group.WORLD) if dist.get_world_size() > 1 else None
+
+
+@lru_cache
+def _telemetry_group(world: dist.ProcessGroup | None) -> dist.ProcessGroup:
+    return dist.new_group(backend="gloo", timeout=TELEMETRY_TIMEOUT)
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 Nodes are blocks of `ranks_per_node` consecutive ranks of the default group.
 """
 
+import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -26,14 +27,17 @@ class Traffic:
     """To other ranks of this node."""
     own: Counter[Kind] = field(default_factory=Counter)
     """To this rank itself: a copy, or nothing at all."""
+    seconds: float = 0.0
+    """Time spent on counting."""
 
     def add(self, kind: Kind, sizes: list[int], item_bytes: int, group: dist.ProcessGroup) -> None:
         """See `count_bytes`."""
-        own = dist.get_rank()
+        began, own = time.perf_counter(), dist.get_rank()
         for rank, size in zip(dist.get_process_group_ranks(group), sizes, strict=True):
             same_node = rank // self.ranks_per_node == own // self.ranks_per_node
             place = self.own if rank == own else self.inside_node if same_node else self.between_nodes
             place[kind] += size * item_bytes
+        self.seconds += time.perf_counter() - began
 
 
 _counting: list[Traffic] = []

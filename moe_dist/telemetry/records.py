@@ -6,6 +6,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+VERSION = 1
+"""Of the format in docs/records.md; every line has it as `version`. A change that would mislead a reader adds 1."""
+
 
 class RecordFile:
     """A JSONL file whose lines carry a `step`. Numbers that are not finite become null: JSON has no others."""
@@ -16,7 +19,7 @@ class RecordFile:
 
     def write(self, record: dict[str, Any]) -> None:
         """Append one line."""
-        self._file.write(json.dumps(_finite(record)) + "\n")
+        self._file.write(json.dumps(finite(record)) + "\n")
         self._file.flush()
 
     def close(self) -> None:
@@ -41,9 +44,10 @@ def truncate_records(path: Path, step: int) -> None:
         partial.rename(path)
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
+    """The value with null for numbers that are not finite, which JSON does not have."""
     if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
+        return {key: finite(item) for key, item in value.items()}
     if isinstance(value, list):
-        return [_finite(item) for item in value]
+        return [finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,6 +1,6 @@
 """The folder of a run: what is in it, and whether a new run may use it.
 
-DIR/config.yaml, metrics.jsonl, load/rank_00000.jsonl, checkpoints/step_00000050/, summary.json
+DIR/config.yaml, metrics.jsonl, alarms.jsonl, load/rank_00000.jsonl, checkpoints/step_00000050/, summary.json
 """
 
 import re
@@ -28,6 +28,10 @@ class RunFolder:
     @property
     def metrics(self) -> Path:
         return self.path / "metrics.jsonl"
+
+    @property
+    def alarms(self) -> Path:
+        return self.path / "alarms.jsonl"
 
     def load_records(self, rank: int) -> Path:
         """The load records of a rank."""
@@ -65,7 +69,7 @@ def prepare_folder(folder: RunFolder, config: Config, step: int) -> None:
     """Write the config, and drop the records of steps that will be computed again."""
     folder.path.mkdir(parents=True, exist_ok=True)
     (folder.path / "config.yaml").write_text(dump_config(config))
-    for records in (folder.metrics, *(folder.path / "load").glob("rank_*.jsonl")):
+    for records in (folder.metrics, folder.alarms, *(folder.path / "load").glob("rank_*.jsonl")):
         truncate_records(records, step)
 
 

@@ -5,8 +5,6 @@ Shape letters: N MoE layers, E experts.
 
 import signal
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -17,15 +15,15 @@ from moe_dist.config.methods import METHODS
 from moe_dist.engines.batch import Batch
 from moe_dist.engines.engine import StepResult
 from moe_dist.engines.registry import build_engine
-from moe_dist.telemetry.records import RecordFile
 from moe_dist.training.checkpoint import load_checkpoint, save_checkpoint
 from moe_dist.training.data import Data
 from moe_dist.training.folder import RunFolder, prepare_folder
 from moe_dist.training.hash_tables import set_tables
-from moe_dist.training.records import all_biases, evaluation_record, load_record, metrics_record, summed_losses
+from moe_dist.training.records import evaluation_record
 from moe_dist.training.schedule import bias_rate, learning_rate
-from moe_dist.training.screen import Screen
+from moe_dist.training.screen import Screen, Silence
 from moe_dist.training.signals import StopRequest
+from moe_dist.training.telemetry import Telemetry
 
 
 class TrainingError(RuntimeError):
@@ -47,7 +45,7 @@ class Progress:
 
 
 class Training:
-    """One run on this rank. Rank 0 writes metrics.jsonl and the screen, every rank its load records."""
+    """One run on this rank."""
 
     def __init__(self, config: Config, layout: Layout, device: torch.device, data: Data, folder: RunFolder) -> None:
         self.config, self.layout, self.data, self.folder = config, layout, data, folder
@@ -57,19 +55,19 @@ class Training:
         if dist.get_rank() == 0:
             prepare_folder(folder, config, self.progress.step)
         dist.barrier()
-        self.metrics = RecordFile(folder.metrics) if dist.get_rank() == 0 else None
-        self.load_records = RecordFile(folder.load_records(dist.get_rank()))
-        self.screen: Screen | None = None
+        first_step = self.progress.step
+        self.screen = Screen(config.training.steps, first_step) if dist.get_rank() == 0 else Silence()
+        self.telemetry = Telemetry(self.engine, folder, first_step, self.screen)
         self.final_load_NE: torch.Tensor | None = None
         """Load over the last tenth of the steps, all ranks."""
         self._skipped_in_a_row = 0
-        self._recorded = (self.progress.step, 0.0)
+        self._recorded_seconds = 0.0
         self._saved_step = self.progress.step if folder.checkpoint else None
 
     def run(self) -> Progress:
         """Train to `training.steps`, or to the step at which a signal comes to any rank; save at the end."""
         num_steps, progress = self.config.training.steps, self.progress
-        with StopRequest() as stop, self._on_screen():
+        with StopRequest() as stop, self.screen, self.telemetry:
             while progress.step < num_steps:
                 began = time.perf_counter()
                 batches = self.data.micro_batches(progress.step, self.engine.data_rank, self.layout)
@@ -88,8 +86,7 @@ class Training:
         """One optimiser step, and what is due after it."""
         training = self.config.training
         rate = learning_rate(training, self.progress.step)
-        for recorder in self.engine.recorders.values():
-            recorder.losses.clear()
+        self.telemetry.begin_step(self.progress.step, sum(batch.num_tokens() for batch in batches))
         result = self.engine.train_step(
             batches,
             num_targets,
@@ -97,39 +94,31 @@ class Training:
             rate,
             bias_rate(self.config.routing.bias, training.steps, self.progress.step),
             step=self.progress.step,
-            observe=self._is_due(self.config.telemetry.interval, self.progress.step + 1),
+            observe=self.telemetry.is_due(self.progress.step + 1),
         )
         self.progress.step += 1
         self.progress.seconds += time.perf_counter() - began
         self._count_skipped(result, batches)
         if self.progress.step > training.steps - max(1, training.steps // 10):
             self.final_load_NE = result.load_NE + (0 if self.final_load_NE is None else self.final_load_NE)
-        if self.screen:
-            self.screen.advance(self.progress.step)
-        if self._is_due(self.config.telemetry.interval):
+        self.screen.advance(self.progress.step)
+        if self.telemetry.is_due(self.progress.step):
             self._record(result, rate)
         if self._is_due(training.evaluation.interval):
             self._evaluate()
         if self._is_due(training.checkpoint.interval):
             self._save()
 
-    def _is_due(self, interval: int | None, step: int | None = None) -> bool:
-        """Every `interval` steps and after the last one; never if None. `step`: by default, how many are done."""
-        step = self.progress.step if step is None else step
+    def _is_due(self, interval: int | None) -> bool:
+        """Every `interval` steps and after the last one; never if None."""
+        step = self.progress.step
         return interval is not None and (step % interval == 0 or step == self.config.training.steps)
 
     def _record(self, result: StepResult, rate: float) -> None:
-        step, seconds = self.progress.step, self.progress.seconds
-        num_steps, duration = step - self._recorded[0], seconds - self._recorded[1]
-        self._recorded = (step, seconds)
-        losses, biases = summed_losses(self.engine), all_biases(self.engine)
-        self.load_records.write(load_record(self.engine, step, num_steps))
-        for recorder in self.engine.recorders.values():
-            recorder.reset()
-        tokens_per_step = self.config.training.global_batch_size * self.config.training.sequence_length
-        speed = num_steps * tokens_per_step / duration
-        if self.metrics is not None:
-            self._write(metrics_record(result, losses, biases, step, step * tokens_per_step, speed, rate))
+        began, progress = time.perf_counter(), self.progress
+        self.telemetry.record(progress.step, progress.seconds - self._recorded_seconds, rate, result)
+        self._recorded_seconds = progress.seconds
+        progress.seconds += time.perf_counter() - began
 
     def _evaluate(self) -> None:
         num_tokens = self.config.training.evaluation.tokens
@@ -142,15 +131,10 @@ class Training:
             loss_sum, _, _ = self.engine.evaluate(batches, as_trained=True)
             record["val_loss_as_trained"] = loss_sum / max(1, num_targets)
             record["train_eval_gap"] = record["val_loss"] - record["val_loss_as_trained"]
-        self._write(record)
-
-    def _write(self, record: dict[str, object]) -> None:
-        if self.metrics:
-            self.metrics.write(record)
-        if self.screen:
-            self.screen.show(record)
+        self.telemetry.write(record)
 
     def _save(self) -> None:
+        self.telemetry.flush()  # a resumed run begins behind these lines
         save_checkpoint(self.folder.checkpoints, self.engine, self.config, self.progress.step)
         self._saved_step = self.progress.step
 
@@ -160,7 +144,7 @@ class Training:
         self.progress.skipped += result.skipped
         if not result.skipped:
             return
-        if self.screen:
+        if dist.get_rank() == 0:
             self.screen.warn(
                 f"step {self.progress.step} skipped: loss {result.loss}, gradient norm {result.grad_norm}; weights unchanged"
             )
@@ -170,11 +154,3 @@ class Training:
                 f"{self.progress.step}; the first value that is not finite: {self.engine.first_nonfinite(batches)}. Lower "
                 "training.optimizer.learning_rate, or go on from an earlier checkpoint with --resume"
             )
-
-    @contextmanager
-    def _on_screen(self) -> Iterator[None]:
-        if dist.get_rank() != 0:
-            yield
-            return
-        with Screen(self.config.training.steps, self.progress.step) as self.screen:
-            yield

@@ -1,15 +1,19 @@
-"""The lines of metrics.jsonl and load/rank_*.jsonl, made from a step's result and the layers' recorders.
+"""The lines of metrics.jsonl and load/rank_*.jsonl, made of what the training thread hands over.
 
 Shape letters: N MoE layers, E experts.
 """
 
 import math
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
+import psutil
 import torch
-import torch.distributed as dist
 
-from moe_dist.engines.engine import Engine, StepResult
+from moe_dist.config import Config
+from moe_dist.config.layout import moe_layers
+from moe_dist.engines.engine import StepResult
 from moe_dist.routing import observation
 from moe_dist.routing.metrics import (
     avg_vio,
@@ -22,35 +26,80 @@ from moe_dist.routing.metrics import (
     min_vio,
     relative_max_vio,
 )
+from moe_dist.telemetry.recorder import PEER_KEYS, Counts
+from moe_dist.telemetry.records import VERSION
+
+Utilisation = Callable[[float], float | None]
+"""Tokens per second over all ranks -> model FLOP/s utilisation, None where it is not known."""
 
 
-def metrics_record(
-    result: StepResult,
-    losses: dict[str, float],
-    biases: dict[int, torch.Tensor],
-    step: int,
-    tokens: int,
-    tokens_per_second: float,
-    learning_rate: float,
-) -> dict[str, Any]:
-    """The line of one step. `biases` are those of `all_biases`; `tokens`: trained so far."""
+@dataclass(frozen=True)
+class Taken:
+    """What the training thread hands over at a logging step. Tensors may be on the device; nothing writes to them any more."""
+
+    step: int
+    steps: int
+    """Since the last line."""
+    seconds: float
+    """Of these steps."""
+    recorder_seconds: float
+    """Of these seconds, spent in the recorders."""
+    tokens: int
+    """Tokens that this rank routed in each of its MoE layers."""
+    time: float
+    """Unix seconds."""
+    learning_rate: float
+    result: StepResult
+    """Of the last step."""
+    counts: dict[int, Counts]
+    """By number of this rank's MoE layers."""
+    biases: dict[int, torch.Tensor]
+    losses: list[torch.Tensor]
+    """Auxiliary losses of the last step on this rank, float64 [], in the order of `loss_names`."""
+    device_peak: int | None
+    """The most device memory that was allocated since the last line, in bytes."""
+
+
+@dataclass(frozen=True)
+class Sums:
+    """Over all ranks and the steps of a line, on the CPU; every MoE layer of the model is there."""
+
+    routed_NE: torch.Tensor
+    dropped_NE: torch.Tensor
+    bias_NE: torch.Tensor
+    losses: dict[str, float]
+
+
+def loss_names(config: Config) -> list[str]:
+    """Auxiliary losses that the config asks for."""
+    losses = config.routing.losses
+    return [name for name in type(losses).model_fields if name != "scaling" and getattr(losses, name).coefficient]
+
+
+def metrics_record(config: Config, taken: Taken, sums: Sums | None, utilisation_of: Utilisation) -> dict[str, Any]:
+    """The line of a logging step; without `sums`, what follows from them is not in it."""
+    result, tokens_per_step = taken.result, config.training.global_batch_size * config.training.sequence_length
+    tokens_per_second = taken.steps * tokens_per_step / taken.seconds
     return {
-        "step": step,
+        "version": VERSION,
+        "step": taken.step,
+        "steps": taken.steps,
+        "seconds": taken.seconds,
         "loss": result.loss,
-        "tokens": tokens,
+        "tokens": taken.step * tokens_per_step,
         "tokens_per_second": round(tokens_per_second, 1),
+        "model_flops_utilisation": utilisation_of(tokens_per_second),
         "grad_norm": result.grad_norm,
-        "learning_rate": learning_rate,
+        "learning_rate": taken.learning_rate,
         "skipped": result.skipped,
-        "losses": losses,
-        "balance": balance_record(result, biases),
+        "losses": {} if sums is None else sums.losses,
+        "balance": balance_record(moe_layers(config), result, sums),
     }
 
 
-def balance_record(result: StepResult, biases: dict[int, torch.Tensor]) -> dict[str, Any]:
-    """Balance of the step over all ranks: of each MoE layer, and the mean of the layers."""
+def balance_record(numbers: list[int], result: StepResult, sums: Sums | None) -> dict[str, Any]:
+    """Balance over all ranks: of each MoE layer, and the mean of the layers."""
     load_NE, dropped_NE = result.load_NE.cpu(), result.dropped_NE.cpu()
-    bias_NE = torch.stack(list(biases.values()))
     columns = {
         "max_vio_batch": max_vio(load_NE),
         "max_vio_over_noise": relative_max_vio(load_NE),
@@ -62,13 +111,20 @@ def balance_record(result: StepResult, biases: dict[int, torch.Tensor]) -> dict[
         "drop_rate": drop_rate(load_NE, dropped_NE),
         "pad_rate": _pad_rate(load_NE - dropped_NE, torch.stack([totals["slots"] for totals in result.totals]).cpu()),
         "dead_experts": dead_experts(load_NE),
-        "bias_range": bias_NE.amax(1) - bias_NE.amin(1),
     }
+    lists: dict[str, torch.Tensor] = {}
+    if sums is not None:
+        columns["max_vio_global"] = max_vio(sums.routed_NE)
+        columns["bias_range"] = sums.bias_NE.amax(1) - sums.bias_NE.amin(1)
+        shortest = sums.bias_NE.float().numpy().astype(str).astype(float)  # digits that give the float32 back
+        lists = {"load": sums.routed_NE, "dropped": sums.dropped_NE, "bias": torch.from_numpy(shortest)}
     observed = [observation.means(totals) for totals in result.totals]
     for name in observed[0]:
         columns[name] = torch.tensor([means[name] for means in observed])
     layers = {
-        str(layer): {name: column[n].item() for name, column in columns.items()} for n, layer in enumerate(biases)
+        str(layer): {name: column[n].item() for name, column in columns.items()}
+        | {name: values_NE[n].tolist() for name, values_NE in lists.items()}
+        for n, layer in enumerate(numbers)
     }
     return {"mean": {name: column.double().mean().item() for name, column in columns.items()}, "layers": layers}
 
@@ -78,40 +134,59 @@ def _pad_rate(kept_NE: torch.Tensor, slots_N: torch.Tensor) -> torch.Tensor:
     return torch.where(slots_N > 0, 1 - kept_NE.sum(1) / slots_N.clamp(min=1), 0.0)
 
 
-def all_biases(engine: Engine) -> dict[int, torch.Tensor]:
-    """The loss-free bias of every MoE layer, on the CPU. Collective."""
-    return engine.of_all_layers({n: layer.router.balance.bias_E.cpu() for n, layer in engine.moe_layers.items()})
+def load_record(
+    rank: int, taken: Taken, own_experts: dict[int, list[int]], padded: dict[int, list[int]] | None
+) -> dict[str, Any]:
+    """What this rank did in the forward passes of the steps of a line, by MoE layer.
 
-
-def summed_losses(engine: Engine) -> dict[str, float]:
-    """Auxiliary losses of the step as they join the main loss: over all layers and ranks. Collective."""
-    config = engine.config.routing.losses
-    names = [name for name in type(config).model_fields if name != "scaling" and getattr(config, name).coefficient]
-    if not names:
-        return {}
-    zero = torch.zeros((), dtype=torch.float64, device=engine.device)
-    totals = torch.stack(
-        [sum((r.losses.get(name, zero).double() for r in engine.recorders.values()), zero) for name in names]
-    )
-    dist.all_reduce(totals)
-    return dict(zip(names, (totals / engine.layout.tensor).tolist(), strict=True))  # tensor ranks hold the same tokens
-
-
-def load_record(engine: Engine, step: int, num_steps: int) -> dict[str, Any]:
-    """What this rank did in the forward passes of the last `num_steps` steps, by MoE layer."""
+    Args:
+        own_experts: global ids, by layer.
+        padded: empty rows of each; None if they could not be told, for they depend on other ranks.
+    """
     layers = {}
-    for number, layer in engine.moe_layers.items():
-        recorder = engine.recorders[number]
+    for number, counts in taken.counts.items():
+        routed_E, dropped_E, _ = counts.pairs_3E.tolist()
+        peers = sorted(counts.peers)
         layers[str(number)] = {
-            "experts": list(layer.own_experts),
-            "tokens": [recorder.rows_of_expert[place] for place in range(len(layer.own_experts))],
-            "rows_sent": recorder.rows_sent,
-            "rows_received": recorder.rows_received,
-            "bytes_sent": recorder.bytes_sent,
-            "bytes_between_nodes": recorder.bytes_between_nodes,
-            "seconds": {stage: round(seconds, 6) for stage, seconds in recorder.seconds().items()},
+            "experts": own_experts[number],
+            "routed": routed_E,
+            "dropped": dropped_E,
+            "computed": counts.computed,
+            "padded": None if padded is None else padded[number],
+            "peers": peers,
+            **{key: [counts.peers[peer][place] for peer in peers] for place, key in enumerate(PEER_KEYS)},
+            "bytes_inside_node": counts.bytes_inside_node,
+            "bytes_between_nodes": counts.bytes_between_nodes,
+            "timed_steps": counts.timed_steps,
+            "seconds": {stage: round(seconds, 6) for stage, seconds in counts.stage_seconds().items()},
         }
-    return {"step": step, "rank": dist.get_rank(), "steps": num_steps, "layers": layers}
+    return {
+        "version": VERSION,
+        "step": taken.step,
+        "rank": rank,
+        "steps": taken.steps,
+        "time": taken.time,
+        "seconds": taken.seconds,
+        "recorder_seconds": taken.recorder_seconds,
+        "tokens": taken.tokens,
+        "memory": {"device_peak": taken.device_peak, "host": psutil.Process().memory_info().rss},
+        "layers": layers,
+    }
+
+
+def rank_summary(own: dict[str, Any]) -> dict[str, Any]:
+    """Of a line of load/rank_*.jsonl, what rank 0 is told of each rank; see moe_dist.telemetry.interval."""
+    layers = {
+        number: {
+            "computed": sum(layer["computed"]),
+            "bytes_between_nodes": layer["bytes_between_nodes"],
+            "seconds": {
+                stage: round(seconds / max(1, layer["timed_steps"]), 9) for stage, seconds in layer["seconds"].items()
+            },
+        }
+        for number, layer in own["layers"].items()
+    }
+    return {"rank": own["rank"], "seconds": own["seconds"], "layers": layers, "hardware": own["hardware"]}
 
 
 def evaluation_record(
@@ -119,6 +194,7 @@ def evaluation_record(
 ) -> dict[str, Any]:
     """The line of an evaluation; MaxVio of the whole held-out set, mean of the layers."""
     return {
+        "version": VERSION,
         "step": step,
         "val_loss": loss_sum / max(1, num_targets),
         "val_bits_per_byte": loss_sum / math.log(2) / max(1, num_bytes),

@@ -3,13 +3,17 @@
 Shape letters: N MoE layers, E experts.
 """
 
+import sys
 import time
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from rich.console import Console
+from rich.panel import Panel
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
 from moe_dist.placement import ExpertMap
 from moe_dist.routing.metrics import max_vio, noise_floor
@@ -33,9 +37,10 @@ class Screen:
             disable=not self.console.is_terminal,
         )
         self._task = self._progress.add_task("", total=num_steps, completed=first_step, status="")
-        self._began, self._first_step, self._num_steps = time.monotonic(), first_step, num_steps
+        self._first_step, self._num_steps = first_step, num_steps
 
     def __enter__(self) -> "Screen":
+        self._began = time.monotonic()
         self._progress.start()
         return self
 
@@ -68,10 +73,33 @@ class Screen:
         """A line above the progress bar."""
         self.console.print(message, style="yellow")
 
+    def alarm(self, line: dict[str, Any]) -> None:
+        """A line of alarms.jsonl, in a box."""
+        color = "red" if line["state"] == "raised" else "green"
+        text = f"{line['message']}\n{line['remedy']}" if line["state"] == "raised" else line["message"]
+        title = f"step {line['step']}: {line['alarm']} {line['state']}"
+        self.console.print(Panel(Text(text), title=title, title_align="left", border_style=color, expand=False))
+
     def _time_left(self, step: int) -> str:
         per_step = (time.monotonic() - self._began) / max(1, step - self._first_step)
         minutes, seconds = divmod(round(per_step * (self._num_steps - step)), 60)
         return f"{minutes}:{seconds:02d}"
+
+
+class Silence:
+    """The screen of all ranks but 0: warnings only."""
+
+    def __enter__(self) -> "Silence":
+        return self
+
+    def __exit__(self, *exception: object) -> None: ...
+    def advance(self, step: int) -> None: ...
+    def show(self, record: dict[str, Any]) -> None: ...
+    def alarm(self, line: dict[str, Any]) -> None: ...
+
+    def warn(self, message: str) -> None:
+        """A line on stderr that names the rank."""
+        print(f"moe-dist: rank {dist.get_rank()}: {message}", file=sys.stderr, flush=True)
 
 
 def load_table(load_NE: torch.Tensor, layers: list[int], expert_map: ExpertMap) -> Table:

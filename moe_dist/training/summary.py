@@ -14,7 +14,7 @@ from moe_dist.config.size import size_of
 from moe_dist.placement import ExpertMap
 from moe_dist.telemetry.records import read_records
 from moe_dist.training.loop import Training
-from moe_dist.training.screen import load_table
+from moe_dist.training.screen import Screen, load_table
 
 
 def summarise(training: Training) -> dict[str, Any]:
@@ -47,7 +47,7 @@ def finish(training: Training) -> None:
     """Write summary.json and show where a run ended; on rank 0, behind the progress bar."""
     summary = summarise(training)
     (training.folder.path / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
-    assert training.screen is not None
+    assert isinstance(training.screen, Screen)
     console = training.screen.console
     if training.final_load_NE is not None:
         expert_map = ExpertMap.from_owners(owner_of_expert(training.config))

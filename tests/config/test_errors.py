@@ -106,7 +106,10 @@ MESSAGES = [
         "model.head_size: 0 is not valid; it should be null or an integer greater than 0",
     ),
     # Sections.
-    ({"telemetry": 3}, "telemetry: 3 is not valid; it should be a section with interval"),
+    (
+        {"training": {"checkpoint": 3}},
+        "training.checkpoint: 3 is not valid; it should be a section with interval, keep",
+    ),
     (
         {"routing": {"capacity": 1.25}},
         "routing.capacity: 1.25 is not valid; it should be null or a section with factor, maximum_factor, minimum, "

@@ -250,7 +250,7 @@ def recorded(flat: bool) -> tuple[int, list[tuple[int, int]]]:
     exchange = None if flat else HierarchicalExchange(ExpertMap.contiguous(E, 4), node_groups(2))
     routing = RoutingConfig(top_k=5)
     layer = MoELayer(H, MoEConfig(num_experts=E, ffn_size=4), routing, group, exchange=exchange).double()
-    layer.recorder = LayerRecorder(torch.device("cpu"), ranks_per_node=2)
+    layer.recorder = LayerRecorder(torch.device("cpu"), E, len(layer.own_experts), ranks_per_node=2)
     pairs: list[tuple[int, int]] = []
 
     def note(router: Any, arguments: Any, made: Routing) -> None:
@@ -259,7 +259,7 @@ def recorded(flat: bool) -> tuple[int, list[tuple[int, int]]]:
     layer.router.register_forward_hook(note)
     share = random_shares(4)[dist.get_rank()]
     layer(share.hidden_TH).sum().backward()  # only the forward pass is recorded
-    return layer.recorder.bytes_between_nodes, pairs
+    return layer.recorder.counts.bytes_between_nodes, pairs
 
 
 @pytest.mark.parametrize("flat", [True, False])

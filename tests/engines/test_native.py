@@ -161,11 +161,11 @@ def with_evaluation(tree: Tree) -> tuple[list[float], float, int, np.ndarray, li
     engine, data = build_engine(tree)
     losses = [train_step(engine, data, 0).loss]
     before = snapshot(engine)
-    rows = [sum(recorder.rows_sent) for recorder in engine.recorders.values()]
+    rows = [sum(recorder.counts.computed) for recorder in engine.recorders.values()]
     loss_sum, num_targets, load_NE = engine.evaluate(data.micro_batches(100, engine.data_rank, engine.layout))
     changes, left = differing(snapshot(engine), before), counters(engine)
     more_rows = [
-        sum(recorder.rows_sent) - count for recorder, count in zip(engine.recorders.values(), rows, strict=True)
+        sum(recorder.counts.computed) - count for recorder, count in zip(engine.recorders.values(), rows, strict=True)
     ]
     losses.append(train_step(engine, data, 1).loss)
     return losses, loss_sum, num_targets, load_NE.numpy(), changes, left, more_rows

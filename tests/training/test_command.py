@@ -171,6 +171,7 @@ def test_a_run_leaves_the_files_that_are_documented(whole: Run) -> None:
     assert {name for name in files if not name.startswith("checkpoints/")} == {
         "config.yaml",
         "metrics.jsonl",
+        "alarms.jsonl",
         "load/rank_00000.jsonl",
         "load/rank_00001.jsonl",
         "summary.json",
@@ -189,18 +190,21 @@ def test_metrics_have_the_documented_keys(whole: Run) -> None:
     assert [record["step"] for record in steps] == list(range(1, STEPS + 1))
     assert [record["step"] for record in evaluations] == [8, 16, 24, 32]
     of_layer = {"max_vio_batch", "max_vio_over_noise", "min_vio", "avg_vio", "cv", "gini", "effective_experts"}
-    of_layer |= {"drop_rate", "pad_rate", "dead_experts", "bias_range"}
+    of_layer |= {"drop_rate", "pad_rate", "dead_experts", "bias_range", "max_vio_global"}
     of_layer |= {"router_entropy", "mutual_information", "margin", "changed_by_bias"}
     for record in steps:
-        documented = {"step", "loss", "tokens", "tokens_per_second", "grad_norm", "learning_rate", "losses", "balance"}
-        assert record.keys() == documented | {"skipped"}
+        documented = {"version", "step", "steps", "seconds", "loss", "tokens", "tokens_per_second", "grad_norm"}
+        documented |= {"model_flops_utilisation", "learning_rate", "skipped", "losses", "balance"}
+        assert record.keys() == documented
+        assert (record["version"], record["steps"]) == (1, 1)
         assert record["losses"].keys() == {"load_balance", "z"}
         assert record["balance"].keys() == {"mean", "layers"}
         assert record["balance"]["mean"].keys() == of_layer
         assert record["balance"]["layers"].keys() == {"1", "2"}
-        assert all(layer.keys() == of_layer for layer in record["balance"]["layers"].values())
+        lists = {"load", "dropped", "bias"}
+        assert all(layer.keys() == of_layer | lists for layer in record["balance"]["layers"].values())
     for record in evaluations:
-        assert record.keys() == {"step", "val_loss", "val_bits_per_byte", "max_vio_global"}
+        assert record.keys() == {"version", "step", "val_loss", "val_bits_per_byte", "max_vio_global"}
     assert evaluations[-1]["val_loss"] < evaluations[0]["val_loss"]
 
 
@@ -210,12 +214,25 @@ def test_every_rank_has_its_load_records(whole: Run) -> None:
         found = [json.loads(line) for line in lines]
         assert [record["step"] for record in found] == list(range(1, STEPS + 1))
         for record in found:
-            assert record.keys() == {"step", "rank", "steps", "layers"}
+            times = {"time", "seconds", "recorder_seconds"}
+            assert record.keys() == {
+                "version",
+                "step",
+                "rank",
+                "steps",
+                *times,
+                "tokens",
+                "memory",
+                "hardware",
+                "layers",
+            }
             assert (record["rank"], record["steps"]) == (rank, 1)
             assert record["layers"].keys() == {"1", "2"}
             for layer in record["layers"].values():
                 assert layer.keys() == {
-                    *("experts", "tokens", "rows_sent", "rows_received", "bytes_sent", "bytes_between_nodes", "seconds")
+                    *("experts", "routed", "dropped", "computed", "padded", "peers", "rows_sent", "rows_received"),
+                    *("bytes_sent", "bytes_received", "bytes_inside_node", "bytes_between_nodes"),
+                    *("timed_steps", "seconds"),
                 }
                 assert layer["seconds"].keys() == {"route", "dispatch", "experts", "combine"}
 
@@ -285,7 +302,10 @@ def test_the_run_goes_on_under_torchrun(chain: Chain) -> None:
 
 def test_the_records_of_a_disturbed_run_are_those_of_an_undisturbed_one(chain: Chain, whole: Run) -> None:
     ours, theirs = (
-        [{key: value for key, value in record.items() if key != "tokens_per_second"} for record in records(output)]
+        [
+            {key: value for key, value in record.items() if key not in ("tokens_per_second", "seconds")}
+            for record in records(output)
+        ]
         for output in (chain.output, whole.output)
     )
     assert ours == theirs
@@ -293,7 +313,7 @@ def test_the_records_of_a_disturbed_run_are_those_of_an_undisturbed_one(chain: C
         name = f"load/rank_{rank:05d}.jsonl"
         counts = [
             [
-                (r["step"], r["steps"], *(tuple(layer["tokens"]) for layer in r["layers"].values()))
+                (r["step"], r["steps"], *(tuple(layer["routed"] + layer["computed"]) for layer in r["layers"].values()))
                 for r in map(json.loads, (output / name).read_text().splitlines())
             ]
             for output in (chain.output, whole.output)

@@ -141,10 +141,12 @@ def numbers(record: dict[str, Any], prefix: str = "") -> dict[str, float]:
     """A record as a flat dictionary, without what depends on the machine."""
     flat: dict[str, float] = {}
     for key, value in record.items():
+        if isinstance(value, list):
+            value = dict(enumerate(value))
         if isinstance(value, dict):
             flat |= numbers(value, f"{prefix}{key}.")
-        elif key != "tokens_per_second":
-            flat[prefix + key] = value
+        elif key not in ("tokens_per_second", "seconds", "model_flops_utilisation"):
+            flat[f"{prefix}{key}"] = value
     return flat
 
 
@@ -164,7 +166,7 @@ def computed_load(folder: Path, step: int, layer: str) -> np.ndarray:
     load_E = np.zeros(8)
     for records in loads(folder):
         entry = records[step - 1]["layers"][layer]
-        load_E[entry["experts"]] += entry["tokens"]
+        load_E[entry["experts"]] += entry["computed"]
     return load_E
 
 
@@ -203,9 +205,10 @@ def test_rows_sent_are_rows_received(runs) -> None:
                 assert by_rank[rank][step]["rank"] == rank
                 assert by_rank[rank][step]["steps"] == 1
                 assert entry["experts"] == ([0, 1, 2, 3] if rank % 2 == 0 else [4, 5, 6, 7])
-                assert sum(entry["tokens"]) == sum(entry["rows_received"])
+                assert sum(entry["computed"]) == sum(entry["rows_received"])
                 assert sum(entry["rows_sent"]) == TOKENS * CHOICES / 4
-                assert entry["bytes_sent"] == sum(entry["rows_sent"]) * 32 * 8  # hidden size, bytes of a float64
+                # hidden size, bytes of a float64
+                assert entry["bytes_sent"] == [rows * 32 * 8 for rows in entry["rows_sent"]]
                 assert entry["seconds"].keys() == {"route", "dispatch", "experts", "combine"}
                 assert all(seconds > 0 for seconds in entry["seconds"].values())
 
@@ -218,7 +221,7 @@ def test_ranks_with_slices_of_the_same_experts_compute_the_same_rows(runs) -> No
             assert first["experts"] == second["experts"] == [0, 1, 2, 3]
             assert third["experts"] == fourth["experts"] == [4, 5, 6, 7]
             for one, other in ((first, second), (third, fourth)):
-                assert one["tokens"] == other["tokens"]
+                assert one["computed"] == other["computed"]
                 assert one["rows_received"] == other["rows_received"]
 
 
@@ -280,7 +283,7 @@ def test_the_interval_is_the_number_of_steps_between_lines(runs, tiny: Path, tmp
         for record in ours:
             since = theirs[record["step"] - record["steps"] : record["step"]]
             for layer, entry in record["layers"].items():
-                for key in ("tokens", "rows_sent", "rows_received", "bytes_sent"):
+                for key in ("computed", "rows_sent", "rows_received", "bytes_sent"):
                     assert np.array_equal(entry[key], np.sum([r["layers"][layer][key] for r in since], axis=0))
 
 

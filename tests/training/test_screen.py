@@ -5,7 +5,7 @@ import torch
 from rich.console import Console
 
 from moe_dist.placement import ExpertMap
-from moe_dist.training.screen import Screen, load_table
+from moe_dist.training.screen import Screen, Silence, load_table
 
 RECORD = {"step": 5, "loss": 4.25, "tokens_per_second": 12345.6, "balance": {"mean": {"max_vio_batch": 0.375}}}
 EVALUATION = {"step": 5, "val_loss": 3.5, "val_bits_per_byte": 5.05, "max_vio_global": 0.5}
@@ -35,6 +35,35 @@ def test_time_left_follows_from_the_steps_of_this_run(
     monkeypatch.setattr("moe_dist.training.screen.time.monotonic", lambda: next(clock, 130.0))
     (line,) = show(capsys, RECORD | {"step": 14}, first_step=12)  # 2 steps in 30 s, 6 are left
     assert line.endswith("1:30 left")
+
+
+ALARM = {
+    "step": 5,
+    "alarm": "dead_experts",
+    "state": "raised",
+    "message": "expert 3 had no token",
+    "remedy": "raise it",
+}
+
+
+def test_an_alarm_is_a_box_with_the_remedy(capsys: pytest.CaptureFixture[str]) -> None:
+    screen = Screen(num_steps=20, first_step=0)
+    screen.alarm(ALARM)
+    top, *lines, _ = capsys.readouterr().out.splitlines()
+    assert "step 5: dead_experts raised" in top
+    assert ["expert 3 had no token" in lines[0], "raise it" in lines[1], len(lines)] == [True, True, 2]
+    screen.alarm(ALARM | {"state": "cleared"})
+    assert "raise it" not in capsys.readouterr().out
+
+
+def test_other_ranks_show_warnings_only(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("moe_dist.training.screen.dist.get_rank", lambda: 3)
+    with Silence() as screen:
+        screen.advance(5)
+        screen.show(RECORD)
+        screen.alarm(ALARM)
+        screen.warn("telemetry: planted")
+    assert capsys.readouterr() == ("", "moe-dist: rank 3: telemetry: planted\n")
 
 
 def test_warnings_are_shown(capsys: pytest.CaptureFixture[str]) -> None:
