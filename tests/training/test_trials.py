@@ -249,6 +249,16 @@ def test_without_timed_steps_there_is_no_idle_share(tmp_path: Path) -> None:
     assert rows([trial])[0][headings().index("idle share")] == "-"
 
 
+def test_without_records_of_steps_the_evaluation_is_left(tmp_path: Path) -> None:
+    run = made_up(tmp_path, "a", 0, 2.0)
+    evaluation = (run.folder / "metrics.jsonl").read_text().splitlines()[-1]
+    (run.folder / "metrics.jsonl").write_text(evaluation + "\n")
+    for path in (run.folder / "load").iterdir():
+        path.unlink()
+    (trial,) = results([run])
+    assert trial.means == {"val_loss": 2.0, "val_bits_per_byte": 3.03, "max_vio_global": 0.2}
+
+
 def write_lines(path: Path, lines: list[dict[str, Any]]) -> None:
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
 

@@ -117,7 +117,7 @@ def outcome(run: Run) -> Outcome:
 
 
 def measure(run: Run) -> dict[str, float]:
-    """The numbers of a finished run, from its records."""
+    """The numbers of a finished run, from its records; those that it did not record are left out."""
     training = run.config.training
     lines = list(read_records(run.folder / "metrics.jsonl"))
     evaluation = [line for line in lines if "val_loss" in line][-1]
@@ -128,9 +128,9 @@ def measure(run: Run) -> dict[str, float]:
         "val_loss": evaluation["val_loss"],
         "val_bits_per_byte": evaluation["val_bits_per_byte"],
         "max_vio_global": evaluation["max_vio_global"],
-        "max_vio_batch": mean(line["max_vio_batch"] for line in late),
-        "drop_rate": mean(line["drop_rate"] for line in late),
-        "step_seconds": median(tokens_per_step / line["tokens_per_second"] for line in steps),
+        "max_vio_batch": mean(line["max_vio_batch"] for line in late) if late else None,
+        "drop_rate": mean(line["drop_rate"] for line in late) if late else None,
+        "step_seconds": median(tokens_per_step / line["tokens_per_second"] for line in steps) if steps else None,
         "idle_share": idle_share(run.folder, 0.75 * training.steps),
     }
     return {key: value for key, value in numbers.items() if value is not None}
