@@ -117,15 +117,19 @@ def _ending(run: Run) -> str:
 
 
 def _write(runs: list[Run], config: Path, output: Path) -> list[Trial]:
-    """compare.json, compare.md and pareto.html of what is finished."""
+    """compare.json, compare.md, pareto.html and report.html of what is finished."""
     trials = results(runs)
     output.mkdir(parents=True, exist_ok=True)
     (output / "compare.json").write_text(json.dumps(as_record(trials, config), indent=1) + "\n")
     (output / "compare.md").write_text(markdown(trials, runs))
-    if any(trial.finished for trial in trials):
-        from moe_dist.training.trials.page import page  # imports plotly
+    if finished := [output / outcome.folder for trial in trials for outcome in trial.finished]:
+        from moe_dist.telemetry.report import (
+            write_report,  # pandas and plotly, which a list of commands need not wait for
+        )
+        from moe_dist.training.trials.page import page
 
         (output / "pareto.html").write_text(page(trials, runs, f"Loss and balance: {config.name}"))
+        write_report(finished, output / "report.html")
     return trials
 
 
@@ -139,5 +143,6 @@ def _show(trials: list[Trial], runs: list[Run], output: Path, console: Console) 
     console.print(table)
     for note in notes(trials, runs):
         console.print(note, soft_wrap=True)
-    plot = f", plot in {output / 'pareto.html'}" if any(trial.finished for trial in trials) else ""
-    console.print(f"table in {output / 'compare.md'}{plot}", soft_wrap=True)
+    if any(trial.finished for trial in trials):
+        console.print(f"plot in {output / 'pareto.html'}, all runs in {output / 'report.html'}", soft_wrap=True)
+    console.print(f"table in {output / 'compare.md'}", soft_wrap=True)

@@ -2,7 +2,6 @@
 
 import json
 import re
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,8 @@ import yaml
 from moe_dist.config import Config, ConfigError
 from moe_dist.training.trials.page import page
 from moe_dist.training.trials.plan import Run, check_folders, load_runs, write_config
-from moe_dist.training.trials.results import headings, idle_share, markdown, notes, pareto_front, results, rows
+from moe_dist.training.trials.results import headings, markdown, notes, pareto_front, results, rows
+from tests.support.browser import CHROMIUM, browser
 from tests.support.telemetry_runs import write_run
 
 ROOT = Path(__file__).parents[2]
@@ -222,18 +222,17 @@ def logged(run: Run) -> list[dict[str, Any]]:
 
 
 def test_idle_share_is_the_wait_for_the_slowest_peer_over_the_time_of_a_step(tmp_path: Path) -> None:
-    (tmp_path / "load").mkdir()
-    for rank, seconds in enumerate([0.3, 0.1, 0.2, 0.2]):
-        layer = {"peers": [0, 1] if rank < 2 else [2, 3], "timed_steps": 2, "seconds": {"experts": 2 * seconds}}
-        lines = [
-            {"step": step, "rank": rank, "steps": 10, "seconds": 20.0, "layers": {"1": layer, "2": layer}}
-            for step in (10, 20)
-        ]
-        write_lines(tmp_path / f"load/rank_{rank:05d}.jsonl", lines)
-    # Rank 1 waits 0.2 s for rank 0 in both layers of its step of 2 s; ranks 2 and 3 are of another group, and equal.
-    assert idle_share(tmp_path, after_step=10) == pytest.approx(0.4 / 8)
-    assert idle_share(tmp_path, after_step=0) == pytest.approx(0.4 / 8)
-    assert idle_share(tmp_path, after_step=20) is None
+    run = made_up(tmp_path, "a", 0, 2.0)
+    for rank, seconds in enumerate([0.03, 0.01]):
+        path = run.folder / f"load/rank_{rank:05d}.jsonl"
+        lines = [json.loads(line) for line in path.read_text().splitlines()]
+        for line in lines:
+            for layer in line["layers"].values():
+                layer["timed_steps"] = 2 if line["step"] >= 50 else 0
+                layer["seconds"]["experts"] = 2 * seconds
+        write_lines(path, lines)
+    # Rank 1 waits 0.02 s for rank 0 in each of the three layers; a step is 0.1 s on both.
+    assert results([run])[0].means["idle_share"] == pytest.approx(0.06 / 0.2)
 
 
 def test_without_timed_steps_there_is_no_idle_share(tmp_path: Path) -> None:
@@ -242,7 +241,7 @@ def test_without_timed_steps_there_is_no_idle_share(tmp_path: Path) -> None:
         lines = [json.loads(line) for line in path.read_text().splitlines()]
         for line in lines:
             for layer in line["layers"].values():
-                del layer["timed_steps"]
+                layer["timed_steps"] = 0
         write_lines(path, lines)
     (trial,) = results([run])
     assert "idle_share" not in trial.means
@@ -298,42 +297,24 @@ def test_what_is_not_comparable_is_noted(tmp_path: Path) -> None:
 # The page
 
 
-class Page(HTMLParser):
-    """The cells of the table, and every address outside the page."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.cells: list[str] = []
-        self.addresses: list[str] = []
-        self._in_cell = False
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self._in_cell = tag == "td"
-        self.addresses += [
-            value for name, value in attrs if name in ("src", "href") and value and not value.startswith("data:")
-        ]
-
-    def handle_data(self, data: str) -> None:
-        if self._in_cell:
-            self.cells.append(data)
-
-    def handle_endtag(self, tag: str) -> None:
-        self._in_cell = False
+CELLS = "[...document.querySelectorAll('tbody tr')].map(row => [...row.children].map(cell => cell.textContent))"
+TRACES = "document.querySelector('.js-plotly-plot').data.map(({mode, x, y}) => ({mode, x, y}))"
+WIDTHS = "[document.documentElement.scrollWidth, document.querySelector('.main-svg').getBoundingClientRect().right]"
 
 
-def test_the_page_has_the_numbers_of_the_table_and_needs_nothing_else(tmp_path: Path) -> None:
-    runs = [
-        made_up(tmp_path, "exact", 0, 2.5, 0.0),
-        made_up(tmp_path, "loose", 0, 2.0, 3.0),
-        made_up(tmp_path, "bad", 0, 3.0, 4.0),
-    ]
+@pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
+def test_the_page_in_a_browser(tmp_path: Path) -> None:
+    numbers = {"exact": (2.5, 0.0), "loose": (2.0, 3.0), "bad": (3.0, 4.0)}
+    runs = [made_up(tmp_path, name, 0, loss, vio) for name, (loss, vio) in numbers.items()]
     trials = results(runs)
-    found = Page()
-    found.feed(text := page(trials, runs, "a <title>"))
-    assert found.cells == [cell for row in rows(trials) for cell in row if cell]
-    assert found.addresses == []
-    assert "a &lt;title&gt;" in text
-    assert len(text) < 8 * 2**20
-    front = re.search(r'"mode":"lines","x":\[([^]]*)\],"y":\[([^]]*)\]', text)
-    assert front
-    assert [[float(number) for number in numbers.split(",")] for numbers in front.groups()] == [[0.01, 3.0], [2.5, 2.0]]
+    (tmp_path / "pareto.html").write_text(page(trials, runs, "a <title>"))
+    with browser(tmp_path / "profile") as tab:
+        tab.open(tmp_path / "pareto.html", width=1280)
+        assert tab.evaluate(CELLS) == [[f"{number} {name}", *cells] for number, name, *cells in rows(trials)]
+        front, *points = tab.evaluate(TRACES)
+        assert front == {"mode": "lines", "x": [0.01, 3.0], "y": [2.5, 2.0]}
+        assert [point["y"] for point in points if point["mode"] == "markers+text"] == [[2.5], [2.0], [3.0]]
+        tab.open(tmp_path / "pareto.html", width=400)
+        assert max(tab.evaluate(WIDTHS)) <= 400
+        assert tab.complaints == []
+        assert {url.partition(":")[0] for url in tab.urls} <= {"file", "data"}

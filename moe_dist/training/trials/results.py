@@ -1,17 +1,16 @@
 """What came out of a comparison: the numbers of each run from its folder, of each trial over its seeds, and their table."""
 
+import math
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from statistics import mean, median, stdev
+from statistics import mean, stdev
 from typing import Any
 
+from moe_dist import telemetry
 from moe_dist.config.routing_checks import keys_that_look_ahead
-from moe_dist.telemetry.records import read_records
 from moe_dist.training.trials.plan import Run
 from moe_dist.training.trials.runs import failure, last_step, summary
-
-Record = dict[str, Any]
 
 NUMBERS = {
     # key             heading in the table, format of the mean, whether the spread is shown
@@ -118,51 +117,20 @@ def outcome(run: Run) -> Outcome:
 
 def measure(run: Run) -> dict[str, float]:
     """The numbers of a finished run, from its records; those that it did not record are left out."""
-    training = run.config.training
-    lines = list(read_records(run.folder / "metrics.jsonl"))
-    evaluation = [line for line in lines if "val_loss" in line][-1]
-    steps = [line for line in lines if "balance" in line]
-    late = [line["balance"]["mean"] for line in steps if line["step"] > 0.75 * training.steps]
-    tokens_per_step = training.global_batch_size * training.sequence_length
+    records, training = telemetry.read(run.folder), run.config.training
+    steps, ranks, quarter = records.steps, records.ranks, 0.75 * training.steps
+    evaluation = records.evaluations.iloc[-1]
+    late, timed = steps[steps["step"] > quarter], ranks[ranks["step"] > quarter].dropna(subset="idle")
     numbers = {
         "val_loss": evaluation["val_loss"],
         "val_bits_per_byte": evaluation["val_bits_per_byte"],
         "max_vio_global": evaluation["max_vio_global"],
-        "max_vio_batch": mean(line["max_vio_batch"] for line in late) if late else None,
-        "drop_rate": mean(line["drop_rate"] for line in late) if late else None,
-        "step_seconds": median(tokens_per_step / line["tokens_per_second"] for line in steps) if steps else None,
-        "idle_share": idle_share(run.folder, 0.75 * training.steps),
+        "max_vio_batch": late["max_vio_batch"].mean() if len(late) else math.nan,
+        "drop_rate": late["drop_rate"].mean() if len(late) else math.nan,
+        "step_seconds": (steps["seconds"] / steps["steps"]).median(),
+        "idle_share": timed["idle"].sum() / (timed["seconds"] / timed["steps"]).sum() if len(timed) else math.nan,
     }
-    return {key: value for key, value in numbers.items() if value is not None}
-
-
-def idle_share(folder: Path, after_step: float) -> float | None:
-    """Share of the ranks' time in steps that they waited for the slowest of their peers to compute its experts.
-
-    Of the forward passes of the timed steps after `after_step`, from load/rank_*.jsonl; None if nothing was timed.
-    """
-    lines_of_step: dict[int, dict[int, Record]] = {}
-    for path in folder.glob("load/rank_*.jsonl"):
-        for line in read_records(path):
-            if line["step"] > after_step:
-                lines_of_step.setdefault(line["step"], {})[line["rank"]] = line
-    idle = total = 0.0
-    for of_rank in lines_of_step.values():
-        for line in of_rank.values():
-            waits = [
-                _idle(number, layer, of_rank) for number, layer in line["layers"].items() if layer.get("timed_steps")
-            ]
-            if waits:
-                idle += sum(waits)
-                total += line["seconds"] / line["steps"]
-    return idle / total if total else None
-
-
-def _idle(number: str, layer: Record, of_rank: dict[int, Record]) -> float:
-    """Seconds of a step that the slowest peer spent in the experts of the layer, less this rank's own."""
-    peers = [of_rank[rank]["layers"][number] for rank in layer["peers"] if rank in of_rank]
-    seconds = [peer["seconds"]["experts"] / peer["timed_steps"] for peer in peers if peer["timed_steps"]]
-    return max(seconds) - layer["seconds"]["experts"] / layer["timed_steps"]
+    return {key: float(value) for key, value in numbers.items() if math.isfinite(value)}
 
 
 def pareto_front(points: dict[str, tuple[float, float]]) -> set[str]:
@@ -174,7 +142,7 @@ def pareto_front(points: dict[str, tuple[float, float]]) -> set[str]:
     }
 
 
-def as_record(trials: list[Trial], config: Path) -> Record:
+def as_record(trials: list[Trial], config: Path) -> dict[str, Any]:
     """What compare.json holds."""
     return {"version": 1, "config": str(config), "trials": [asdict(trial) for trial in trials]}
 
