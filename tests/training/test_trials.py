@@ -159,8 +159,10 @@ def test_a_missing_key_is_told(tmp_path: Path) -> None:
 
 
 def test_ranks_are_checked_with_the_trials(plan: Any) -> None:
-    with pytest.raises(ConfigError, match=r"trials.spread: --ranks: 1 is not valid"):
+    with pytest.raises(ConfigError, match=r"^trials.spread: --ranks: 1 is not valid"):
         load(plan(trials={"plain": {}, "spread": {"parallel.expert": 2}}), ranks=1)
+    with pytest.raises(ConfigError, match=r"^--ranks: 3 is not valid"):
+        load(plan(trials={"spread": {"parallel.expert": 2}}), ranks=3)
 
 
 def test_folders_of_these_configs_are_taken_and_others_refused(plan: Any) -> None:

@@ -149,7 +149,7 @@ def _by_place(problems: dict[str, str]) -> list[str]:
     lines = {name: text.splitlines() for name, text in problems.items()}
     of_base = [line for line in next(iter(lines.values())) if all(line in found for found in lines.values())]
     of_trials = [f"trials.{name}: {line}" for name, found in lines.items() for line in found if line not in of_base]
-    return [f"base: {line}" for line in of_base] + of_trials
+    return [line if line.startswith("--ranks") else f"base: {line}" for line in of_base] + of_trials
 
 
 def _check_text(configs: list[Config]) -> None:
