@@ -102,9 +102,15 @@ def _train(run: Run, title: str, num_ranks: int | None, lock: int, stop: StopReq
     step, began = last_step(run), time.monotonic()
     console.print(f"{title}: {f'going on; it was at step {step}' if step else 'training'}", soft_wrap=True)
     write_config(run)
-    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
-        task = progress.add_task("  step", total=run.config.training.steps)
-        train(run, num_ranks, lock, stop, lambda step: progress.update(task, completed=step))
+    progress = Progress(console=console, transient=True, disable=not console.is_terminal)
+    task = progress.add_task("  step", total=run.config.training.steps)
+
+    def show(step: int) -> None:
+        progress.start()  # not before the run, since a process is best started without other threads
+        progress.update(task, completed=step)
+
+    train(run, num_ranks, lock, stop, show)
+    progress.stop()
     console.print(f"{title}: {_ending(run)}, {time.monotonic() - began:.0f} s", soft_wrap=True)
 
 
