@@ -21,7 +21,7 @@ from moe_dist.config import load_config
 from moe_dist.config.methods import METHOD_NAMES
 from moe_dist.training.trials.plan import load_runs
 from tests.support.runs import write_config
-from tests.training.test_command import Run, last_checkpoint, records
+from tests.training.test_command import TIMEOUT, Run, last_checkpoint, records
 
 ROOT = Path(__file__).parents[2]
 STEPS = 60
@@ -46,7 +46,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def compare(plan: Path, output: Path, watched: str) -> Run:
     """The command; `watched` is the run whose steps are waited for."""
-    return Run(["moe_dist", "compare", str(plan), "--ranks", "1", "--output", str(output)], output / watched)
+    arguments = ["moe_dist", "compare", str(plan), "--ranks", "1", "--output", str(output)]
+    return Run(arguments, output / watched, timeout=4 * TIMEOUT)  # of several runs
 
 
 @dataclass
