@@ -26,12 +26,13 @@ from tests.training.test_command import TIMEOUT, Run, last_checkpoint, records
 ROOT = Path(__file__).parents[2]
 STEPS = 60
 TRAINING = {"steps": STEPS, "checkpoint": {"interval": 20}, "evaluation": {"interval": STEPS, "tokens": 256}}
+COMMON = {"training": TRAINING | {"precision": "float32"}, "telemetry": {"interval": 1, "report": False}}
 PLAN = {
     "base": "config/tiny.yaml",
     "seeds": [0, 1],
     "trials": {
-        "none": {"training": TRAINING | {"precision": "float32"}, "routing.bias.rule": "none", "routing.losses": {}},
-        "capped": {"training": TRAINING | {"precision": "float32"}, "routing.capacity.factor": 1.0},
+        "none": COMMON | {"routing.bias.rule": "none", "routing.losses": {}},
+        "capped": COMMON | {"routing.capacity.factor": 1.0},
     },
 }
 
@@ -141,7 +142,8 @@ def test_the_table_shows_them(chain: Chain) -> None:
         assert cells[7] == f"{means['drop_rate']:.1%}"
         assert f"{trial['name']} " in chain.ended.stdout
         assert cells[3] in chain.ended.stdout
-    assert (chain.output / "pareto.html").stat().st_size < 8 * 2**20
+    for name in ("pareto.html", "report.html"):
+        assert (chain.output / name).stat().st_size < 8 * 2**20
 
 
 def test_a_finished_comparison_starts_nothing(chain: Chain, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
