@@ -8,6 +8,7 @@ setup(
     description="An expert-parallel training stack for mixture-of-experts models",
     license="Apache-2.0",
     packages=find_packages(include=["moe_dist", "moe_dist.*"]),
+    package_data={"moe_dist.telemetry.report": ["page.*"]},
     python_requires=">=3.10",
     install_requires=[
         "torch>=2.11",

@@ -16,6 +16,7 @@ from moe_dist.engines.batch import Batch
 from moe_dist.engines.engine import StepResult
 from moe_dist.engines.registry import build_engine
 from moe_dist.training.checkpoint import load_checkpoint, save_checkpoint
+from moe_dist.training.coactivation import counted_coactivation
 from moe_dist.training.data import Data
 from moe_dist.training.folder import RunFolder, prepare_folder
 from moe_dist.training.hash_tables import set_tables
@@ -123,7 +124,10 @@ class Training:
     def _evaluate(self) -> None:
         num_tokens = self.config.training.evaluation.tokens
         batches = self.data.evaluation_batches(self.engine.data_rank, self.layout, num_tokens)
-        loss_sum, num_targets, load_NE = self.engine.evaluate(batches)
+        is_last = self.progress.step == self.config.training.steps
+        shown_in = self.folder.path if is_last and self.config.telemetry.report else None
+        with counted_coactivation(self.engine, self.progress.step, shown_in):
+            loss_sum, num_targets, load_NE = self.engine.evaluate(batches)
         num_bytes = self.data.evaluation_bytes(num_tokens)
         record = evaluation_record(self.progress.step, loss_sum, num_targets, num_bytes, load_NE)
         routing = self.config.routing

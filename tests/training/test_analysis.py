@@ -34,7 +34,14 @@ def train(tiny: Path, overrides: list[str], folder: Path) -> list[list[list[int]
 
 def test_analysis_of_a_run(tiny: Path, tmp_path: Path) -> None:
     overrides = ["training.checkpoint={interval: 4, keep: 3}", "training.evaluation.tokens=256"]
-    run_ranks(2, train, tiny, [*overrides, "parallel.expert=2"], tmp_path / "run")
+    run_ranks(2, train, tiny, [*overrides, "training.evaluation.interval=8", "parallel.expert=2"], tmp_path / "run")
+    last_evaluation = json.loads((tmp_path / "run/routing.json").read_text())
+    result = CliRunner().invoke(app, ["analyse", str(tmp_path / "run"), "--tokens", "256"])
+    assert result.exit_code == 0, result.output
+    analysed = json.loads((tmp_path / "run/routing.json").read_text())
+    assert (last_evaluation["step"], last_evaluation["tokens"]) == (analysed["step"], analysed["tokens"]) == (8, 256)
+    for number, layer in last_evaluation["layers"].items():
+        np.testing.assert_allclose(layer["coactivation"], analysed["layers"][number]["coactivation"], atol=5e-7)
     result = CliRunner().invoke(app, ["analyse", str(tmp_path / "run"), "--tokens", "128"])
     assert result.exit_code == 0, result.output
     found = json.loads((tmp_path / "run/routing.json").read_text())

@@ -11,6 +11,7 @@ from pandas import DataFrame
 
 from moe_dist.telemetry.report.figures import (
     BAR,
+    MOST_NAMES,
     NO_LINES,
     Array,
     Shown,
@@ -164,9 +165,9 @@ def _bias(shown: Shown, num_runs: int, num_recorded: int) -> Plot:
         table["step"].unique(), max(10, min(MOST_POINTS, BIAS_POINTS // (len(layers) * len(names) * num_recorded)))
     )
     table = table[table["step"].isin(steps)]
-    traces = [
-        line([], [], name, depth(place, len(names)), showlegend=len(names) <= 8) for place, name in enumerate(names)
-    ]
+    few = len(names) <= MOST_NAMES
+    colours = [depth(place, len(names)) for place in range(len(names))]
+    traces = [line([], [], name, colours[n], mode="lines", showlegend=few) for n, name in enumerate(names)]
     frames = []
     for layer in layers:
         value_SE = table[table["layer"] == layer].pivot(index="step", columns="expert", values="bias")
@@ -222,8 +223,8 @@ def coactivation(runs: list[Shown]) -> Section:
         notes += thinning_note(len(layers), len(numbers_of_layers), f"layers of {shown.name}")
     notes += [f"{shown.name} has no routing.json. {how_to_get}" for shown in runs if shown not in recorded]
     how = (
-        "Of the held-out tokens that use the expert of a row, the share that use the expert of the column too; bright pairs work "
-        "as one expert and are best kept on one rank."
+        "Of the held-out tokens that use the expert of a row, the share that use the expert of the column too; a pair that stands "
+        "out works as one expert, and is best kept on one rank."
     )
     return Section("Experts that go together", how, plots, notes, slider="layer")
 
@@ -246,7 +247,10 @@ def _coactivation(shown: Shown, layers: dict[int, Array], num_runs: int) -> Plot
     if num_experts > 32:
         trace |= {"xgap": 0, "ygap": 0}
     title = title_of(shown, "share of the row's tokens", num_runs)
-    axes = over(whole_numbers(num_experts, "too"), whole_numbers(num_experts, "of expert", autorange="reversed"))
+    axes = over(
+        whole_numbers(num_experts, "that also use expert"),
+        whole_numbers(num_experts, "tokens of expert", autorange="reversed"),
+    )
     frames = [[{"z": numbers(rate_EE, 3)}] for rate_EE in rate_NEE.values()]
     label = (
         f"Heat-map of how often two experts are used by the same token, a layer at a time, run {shown.name}; at most "

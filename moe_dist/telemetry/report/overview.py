@@ -192,44 +192,63 @@ def alarms(runs: list[Shown]) -> Section:
 
 def loss(runs: list[Shown]) -> Section:
     """Training and validation loss, auxiliary losses."""
-    recorded = [shown for shown in runs if len(shown.run.steps)]
-    if not recorded:
+    trained = [shown for shown in runs if len(shown.run.steps)]
+    evaluated = [shown for shown in runs if len(shown.run.evaluations)]
+    if not trained and not evaluated:
         return Section("Loss", NO_LINES)
-    last = "; ".join(f"{shown.name} {_last(shown.run.steps, 'loss'):.4f}" for shown in recorded)
-    label = f"Line plot of the loss over steps. Last training loss: {last}."
-    training = [_curve(shown, shown.run.steps, "loss", len(runs), "training") for shown in recorded]
+    training = [_curve(shown, shown.run.steps, "loss", len(runs), "training") for shown in trained]
     validation = [
         _curve(shown, shown.run.evaluations, "val_loss", len(runs), "validation", mode="lines+markers", marker=MARKER)
-        for shown in runs
-        if len(shown.run.evaluations)
+        for shown in evaluated
     ]
-    auxiliary = [_curve(shown, shown.run.steps, name, len(runs), name) for shown in recorded for name in _losses(shown)]
-    layout = over_steps("nats a token")
     if len(runs) == 1:
-        for place, trace in enumerate(training + validation + auxiliary):
-            trace["line"] |= {"color": f"--c{place % SERIES}", "dash": "solid"}
-        plots = [Plot(label, training + validation, layout, "Cross-entropy")]
-    else:
+        for place, trace in enumerate(training + validation):
+            trace["line"] |= {"color": f"--c{place}", "dash": "solid"}
         plots = [
-            Plot(label, training, layout, "Training"),
-            Plot("Line plot of the validation loss.", validation, layout, "Validation"),
+            Plot(f"Line plot of the loss over steps. {_ends(runs)}", training + validation, _nats(), "Cross-entropy")
         ]
-        plots = [plot for plot in plots if plot.data]
-    if auxiliary:
-        layout = over_steps("as added to the loss", exponentformat="power", rangemode="tozero")
-        plots.append(
+    else:
+        pairs = {"training": training, "validation": validation}
+        plots = [
             Plot(
-                "Line plot of the auxiliary losses over steps.",
-                auxiliary,
-                layout,
-                "Auxiliary losses, with coefficients",
+                f"Line plot of the {name} loss over steps. {_ends(runs)}", traces, _nats(), f"{name.capitalize()} loss"
             )
-        )
+            for name, traces in pairs.items()
+            if traces
+        ]
+    plots += _auxiliary(trained, len(runs))
     notes = (
-        [] if validation else ["There was no evaluation: `training.evaluation.interval` asks for the validation loss."]
+        [] if evaluated else ["There was no evaluation: `training.evaluation.interval` asks for the validation loss."]
     )
     how = "Lower is better; validation far above training is over-fitting, and a jump is worth a look at the alarms of that step."
-    return Section("Loss", how, plots, notes + thinning_note(max(len(s.run.steps) for s in recorded), MOST_POINTS))
+    return Section("Loss", how, plots, notes + thinning_note(max(len(s.run.steps) for s in runs), MOST_POINTS))
+
+
+def _nats() -> dict[str, Any]:
+    return over_steps("nats a token")
+
+
+def _ends(runs: list[Shown]) -> str:
+    return "Last training loss: " + "; ".join(f"{s.name} {_last(s.run.steps, 'loss'):.4f}" for s in runs) + "."
+
+
+def _auxiliary(trained: list[Shown], num_runs: int) -> list[Plot]:
+    """One plot of all losses of one run, or of each loss for all runs."""
+    layout = over_steps("as added to the loss", exponentformat="power", rangemode="tozero")
+    names = list(dict.fromkeys(name for shown in trained for name in _losses(shown)))
+    if num_runs == 1:
+        traces = [_curve(trained[0], trained[0].run.steps, name, 1, name.removeprefix("loss_")) for name in names]
+        for place, trace in enumerate(traces):
+            trace["line"] |= {"color": f"--c{(place + 2) % SERIES}", "dash": "solid"}
+        label = "Line plot of the auxiliary losses over steps."
+        return [Plot(label, traces, layout, "Auxiliary losses, with coefficients")] if traces else []
+    plots = []
+    for name in names:
+        having = [shown for shown in trained if name in _losses(shown)]
+        text = f"auxiliary loss {name.removeprefix('loss_')}, with its coefficient"
+        traces = [_curve(shown, shown.run.steps, name, num_runs, name) for shown in having]
+        plots.append(Plot(f"Line plot of the {text}, over steps.", traces, layout, text.capitalize()))
+    return plots
 
 
 def _losses(shown: Shown) -> list[str]:
@@ -239,10 +258,7 @@ def _losses(shown: Shown) -> list[str]:
 def _curve(shown: Shown, table: pd.DataFrame, name: str, num_runs: int, text: str, **more: Any) -> Trace:
     """A column over the steps, named by what it is, or by its run if there are several."""
     table = thinned(table, MOST_POINTS)
-    text = text.removeprefix("loss_")
-    if num_runs > 1:
-        text = shown.name if text in ("training", "validation") else f"{shown.name}: {text}"
-    return line(table["step"], table[name], text, shown.colour, shown.dash, **more)
+    return line(table["step"], table[name], text if num_runs == 1 else shown.name, shown.colour, shown.dash, **more)
 
 
 def speed(runs: list[Shown]) -> Section:
@@ -250,7 +266,7 @@ def speed(runs: list[Shown]) -> Section:
     recorded = [shown for shown in runs if len(shown.run.steps)]
     if not recorded:
         return Section("Speed", NO_LINES)
-    traces = [_curve(shown, shown.run.steps, "tokens_per_second", 2, "training") for shown in recorded]
+    traces = [_curve(shown, shown.run.steps, "tokens_per_second", len(runs), "all ranks") for shown in recorded]
     median = "; ".join(f"{shown.name} {shown.run.steps['tokens_per_second'].median():,.0f}" for shown in recorded)
     layout = over_steps("tokens per second", rangemode="tozero") | {"showlegend": len(runs) > 1}
     plot = Plot(f"Line plot of tokens per second over steps. Median: {median}.", traces, layout)

@@ -43,7 +43,7 @@ NO_RECORDS = "There are no records in load/ yet; each rank writes them every tel
 
 def load(runs: list[Shown]) -> Section:
     """Rows computed and time waited, by rank."""
-    recorded = [shown for shown in runs if len(shown.run.ranks)]
+    recorded = [shown for shown in runs if shown.run.ranks["computed"].notna().any()]
     if not recorded:
         return Section("Load and waiting of ranks", NO_RECORDS)
     waiting = [shown for shown in recorded if shown.run.ranks["idle"].notna().any()]
@@ -61,7 +61,7 @@ def _computed(shown: Shown, num_runs: int) -> Plot:
     relative = table["computed"] / table.groupby("step")["computed"].transform("mean")
     mean = relative.groupby(table["rank"]).mean()
     label = (
-        f"Rows computed by each rank over steps, relative to the mean of the ranks, run {shown.name}; on average most by rank "
+        f"rows computed by each rank over steps, relative to the mean of the ranks, run {shown.name}; on average most by rank "
         f"{mean.idxmax()}, {mean.max():.3f} times the mean."
     )
     span = min(1.0, max(0.2, (relative - 1).abs().max()))
@@ -75,7 +75,7 @@ def _waited(shown: Shown, num_runs: int) -> Plot:
     table = shown.run.ranks
     waited = table["idle"] * table["steps"] / table["seconds"]
     label = (
-        f"Share of each rank's step time that it waited for the slowest of its peers, run {shown.name}; on average "
+        f"the share of each rank's step time that it waited for the slowest of its peers, run {shown.name}; on average "
         f"{in_percent(idle_share(shown))}."
     )
     scale = heat_map("--sequential", "step %{x}, rank %{y}<br>%{z:.2%} of step time", zmin=0, zmax=waited.max() or 1.0)
@@ -94,12 +94,16 @@ def _of_ranks(table: DataFrame, label: str, title: str, scale: Trace, **yaxis: A
     value_RS = thinned(table, MOST_POINTS).pivot(index="rank", columns="step", values="value").astype(float)
     if len(value_RS) <= MOST_LINES:
         named = {f"rank {rank}": row for rank, row in zip(value_RS.index, value_RS.to_numpy(), strict=True)}
-        return Plot(label, _lines(value_RS.columns, named), over_steps("", rangemode="tozero", **yaxis), title)
+        return Plot(
+            f"Line plot of {label}", _lines(value_RS.columns, named), over_steps("", rangemode="tozero", **yaxis), title
+        )
     groups = groups_of(list(value_RS.index), MOST_ROWS)
     trace = scale | {"x": numbers(value_RS.columns), "y": [str(group[0]) for group in groups], "xgap": 0}
     trace["z"] = numbers(largest_in_groups(value_RS.to_numpy(), groups), 4)
     of_ranks = {"title": {"text": "rank"}, "type": "category", "autorange": "reversed", "nticks": 10}
-    return Plot(label, [trace], over({"title": {"text": "step"}}, of_ranks), title, rows_height(len(groups)))
+    return Plot(
+        f"Heat-map of {label}", [trace], over({"title": {"text": "step"}}, of_ranks), title, rows_height(len(groups))
+    )
 
 
 def _lines(steps: Any, rows: dict[str, Any]) -> list[Trace]:
@@ -133,9 +137,11 @@ def traffic(runs: list[Shown]) -> Section:
     recorded = [shown for shown in runs if len(shown.run.traffic)]
     if not recorded:
         return Section("Traffic between ranks", NO_RECORDS)
-    plots, notes = [], []
+    plots, notes = [_traffic(shown, len(runs)) for shown in recorded], []
+    high = max(plot.data[0]["zmax"] for plot in plots)
+    for plot in plots:
+        plot.data[0]["zmax"] = high
     for shown in recorded:
-        plots.append(_traffic(shown, len(runs)))
         layers = shown.run.layers_of_ranks
         inside, between = layers["bytes_inside_node"].sum(), layers["bytes_between_nodes"].sum()
         if total := inside + between:

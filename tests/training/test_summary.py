@@ -1,0 +1,45 @@
+"""The end of a run: the report is written, and what goes wrong with it costs a line."""
+
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from moe_dist.telemetry import read
+from moe_dist.training.summary import _write_report
+from tests.support.distributed import run_ranks
+from tests.support.runs import start, write_config
+from tests.support.telemetry_runs import write_run
+
+
+def train(config: Path, folder: Path) -> None:
+    """A run with evaluation at its end."""
+    start(config, ["training.evaluation={interval: 4, tokens: 128}", "parallel.expert=2"], folder).run()
+
+
+def test_records_of_a_run_make_a_report(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    run_ranks(2, train, write_config(tmp_path), folder)
+    console = Console(record=True, width=200)
+    _write_report(folder, console)
+    assert console.export_text().strip() == f"report in {folder / 'report.html'}"
+    text = (folder / "report.html").read_text()
+    assert "Heat-map of how often two experts are used by the same token" in text
+    run = read(folder)
+    assert run.steps["step"].tolist() == list(range(1, 9))
+    assert (
+        run.experts_of_ranks["routed"].sum() == run.experts["load"].sum() == 8 * 8 * 16 * 2 * 2
+    )  # steps, batch, length, k, layers
+
+
+def test_a_report_that_fails_costs_a_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(folders: list[Path], output: Path) -> None:
+        raise KeyError("load")
+
+    run, console = write_run(tmp_path / "run"), Console(record=True, width=200)
+    monkeypatch.setattr("moe_dist.telemetry.report.write_report", fail)
+    _write_report(run, console)
+    assert console.export_text().splitlines() == [
+        f"no report.html: KeyError: 'load'; moe-dist report {run} writes it later"
+    ]
+    assert not (run / "report.html").exists()
