@@ -20,6 +20,7 @@ import dispatch
 import journeys
 import memory
 import scaling
+import telemetry
 from peers import Shape
 
 MB = 1e6
@@ -265,3 +266,20 @@ def count_collectives() -> list[int]:
 def test_bytes_are_counted_by_global_rank() -> None:
     counted = run_ranks(4, count_collectives)
     assert counted[0] == [8 + 20 + 28, 0, 2 * 8 + 20 + 28, 0]
+
+
+def test_the_cost_of_records_is_taken_in_turns(
+    run_here: Callable[..., str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    small = ["training.global_batch_size=2", "training.sequence_length=16", "model.num_layers=2", "moe.num_experts=4"]
+    run_here(telemetry, "--ranks", "1", "--rounds", "2", "--json", str(tmp_path / "cost.json"), *small)
+    report = json.loads((tmp_path / "cost.json").read_text())
+    assert [len(turns) for turns in report["turns"].values()] == [2, 2]
+    assert len(report["recorder_share"]) == 2
+    assert all(0 < share < 1 for share in report["recorder_share"])
+    printed = capsys.readouterr().out
+    assert {line.split("|")[1].strip() for line in printed.splitlines() if line.startswith("| ")} >= {
+        *telemetry.KINDS,
+        "ratio",
+    }
+    assert "inside the recorder's calls: median" in printed

@@ -3,6 +3,7 @@
 import contextlib
 import threading
 from collections.abc import Callable
+from functools import partial
 from queue import Full, Queue
 from typing import Any, TypeVar
 
@@ -20,16 +21,16 @@ class Worker:
 
     def __init__(self, warn: Callable[[str], None]) -> None:
         self._warn = warn
-        self._tasks: Queue[Callable[[], None] | None] = Queue(MOST_WAITING)
+        self._tasks: Queue[Callable[[], object] | None] = Queue(MOST_WAITING)
         self._failed: set[str] = set()
         self._thread: threading.Thread | None = None
 
-    def submit(self, task: Callable[[], None]) -> None:
-        """Let the thread run `task`. Waits only while MOST_WAITING others wait already."""
+    def submit(self, part: str, function: Callable[..., object], *args: Any) -> None:
+        """Let the thread `attempt` this. Waits only while MOST_WAITING others wait already."""
         if self._thread is None:
             self._thread = threading.Thread(target=self._run, name="telemetry", daemon=True)
             self._thread.start()
-        self._tasks.put(task)
+        self._tasks.put(partial(self.attempt, part, function, *args))
 
     def attempt(self, part: str, function: Callable[..., T], *args: Any) -> T | None:
         """`function(*args)`, or None if it raises: then there is one warning, and this part is never tried again."""
@@ -47,18 +48,24 @@ class Worker:
         """Wait until all tasks are done."""
         self._tasks.join()
 
-    def close(self, in_good_order: bool) -> None:
-        """Do what is left and end the thread; after a failure wait only a moment, as other ranks may be gone."""
+    def close(self, in_good_order: bool, finish: Callable[[], None]) -> None:
+        """Do what is left and then `finish`, and end the thread.
+
+        Args:
+            in_good_order: False after a failure: then it is waited for only a moment, as other ranks may be gone.
+        """
         if self._thread is None:
+            finish()
             return
         limit = None if in_good_order else SECONDS_TO_LEAVE
         with contextlib.suppress(Full):
+            self._tasks.put(finish, timeout=limit)
             self._tasks.put(None, timeout=limit)
             self._thread.join(limit)
 
     def _run(self) -> None:
         while (task := self._tasks.get()) is not None:
             with contextlib.suppress(Exception):  # of the warning itself, such as a closed terminal
-                self.attempt("the thread", task)
+                task()
             self._tasks.task_done()
         self._tasks.task_done()

@@ -67,27 +67,31 @@ class Training:
 
     def run(self) -> Progress:
         """Train to `training.steps`, or to the step at which a signal comes to any rank; save at the end."""
-        num_steps, progress = self.config.training.steps, self.progress
         with StopRequest() as stop, self.screen, self.telemetry:
-            while progress.step < num_steps:
-                began = time.perf_counter()
-                batches = self.data.micro_batches(progress.step, self.engine.data_rank, self.layout)
-                num_targets, num_tokens, stop_requests = self.engine.sum_over_ranks(
-                    [sum(b.num_targets() for b in batches), sum(b.num_tokens() for b in batches), stop.number]
-                )
-                if stop_requests:
-                    progress.stopped = stop.number or signal.SIGTERM
-                    break
-                self._step(batches, num_targets, num_tokens, began)
-            if self._saved_step != progress.step:
+            while self.progress.step < self.config.training.steps and self.step(stop):
+                pass
+            if self._saved_step != self.progress.step:
                 self._save()
-        return progress
+        return self.progress
 
-    def _step(self, batches: list[Batch], num_targets: int, num_tokens: int, began: float) -> None:
-        """One optimiser step, and what is due after it."""
+    def step(self, stop: StopRequest | None = None) -> bool:
+        """One optimiser step, and what is due after it; False if a signal came to any rank, which is then in `progress`."""
+        began, progress = time.perf_counter(), self.progress
+        number = 0 if stop is None else stop.number
+        batches = self.data.micro_batches(progress.step, self.engine.data_rank, self.layout)
+        num_targets, num_tokens, stop_requests = self.engine.sum_over_ranks(
+            [sum(b.num_targets() for b in batches), sum(b.num_tokens() for b in batches), number]
+        )
+        if stop_requests:
+            progress.stopped = number or signal.SIGTERM
+            return False
+        self._train(batches, num_targets, num_tokens, began)
+        return True
+
+    def _train(self, batches: list[Batch], num_targets: int, num_tokens: int, began: float) -> None:
         training = self.config.training
         rate = learning_rate(training, self.progress.step)
-        self.telemetry.begin_step(self.progress.step, sum(batch.num_tokens() for batch in batches))
+        self.telemetry.begin_step(self.progress.step, batches)
         result = self.engine.train_step(
             batches,
             num_targets,

@@ -37,10 +37,9 @@ class Screen:
             disable=not self.console.is_terminal,
         )
         self._task = self._progress.add_task("", total=num_steps, completed=first_step, status="")
-        self._first_step, self._num_steps = first_step, num_steps
+        self._began, self._first_step, self._num_steps = time.monotonic(), first_step, num_steps
 
     def __enter__(self) -> "Screen":
-        self._began = time.monotonic()
         self._progress.start()
         return self
 

@@ -9,7 +9,7 @@ import torch
 from rich.console import Console
 
 from moe_dist import __version__
-from moe_dist.config.layout import owner_of_expert
+from moe_dist.config.layout import moe_layers, owner_of_expert
 from moe_dist.config.size import size_of
 from moe_dist.placement import ExpertMap
 from moe_dist.telemetry.records import read_records
@@ -51,7 +51,7 @@ def finish(training: Training) -> None:
     console = training.screen.console
     if training.final_load_NE is not None:
         expert_map = ExpertMap.from_owners(owner_of_expert(training.config))
-        console.print(load_table(training.final_load_NE, list(training.engine.moe_layers), expert_map))
+        console.print(load_table(training.final_load_NE, moe_layers(training.config), expert_map))
     if summary["evaluation"]:
         evaluation = summary["evaluation"]
         console.print(

@@ -5,7 +5,6 @@ Shape letters: N MoE layers of the model, E experts, G expert-parallel groups of
 
 import time
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -14,6 +13,7 @@ import torch.distributed as dist
 from moe_dist.config.layout import moe_layers
 from moe_dist.config.methods import METHODS
 from moe_dist.config.size import flops_per_token
+from moe_dist.engines.batch import Batch
 from moe_dist.engines.engine import Engine, StepResult
 from moe_dist.parallel.groups import telemetry_group
 from moe_dist.telemetry.collect import gather_records, sum_over_ranks
@@ -74,7 +74,7 @@ class Telemetry:
         self.interval = self.config.telemetry.interval
         self.worker = Worker(display.warn)
         self.files: dict[str, RecordFile] = {}
-        self._step, self._began_at, self._tokens = step, step, 0
+        self._began_at, self._tokens = step, 0
         self._recorder_seconds = 0.0
         if self.rank == 0:
             self.files["metrics.jsonl"] = RecordFile(folder.metrics)
@@ -90,8 +90,8 @@ class Telemetry:
         """Whether a line follows after so many steps: every `telemetry.interval`, and after the last."""
         return self.interval is not None and (step % self.interval == 0 or step == self.config.training.steps)
 
-    def begin_step(self, step: int, num_tokens: int) -> None:
-        """Before step `step` (0 is the first), in which this rank routes so many tokens."""
+    def begin_step(self, step: int, batches: list[Batch]) -> None:
+        """Before step `step` (0 is the first), in which this rank reads these."""
         if self.interval is None:
             return
         began = time.perf_counter()
@@ -99,7 +99,7 @@ class Telemetry:
         timed = _is_timed(step - self._began_at, line - self._began_at, self.config.telemetry.timed_steps)
         for recorder in self.engine.recorders.values():
             recorder.begin_step(timed, keep_losses=step + 1 == line)
-        self._tokens += num_tokens
+        self._tokens += sum(batch.num_tokens() for batch in batches)
         self._recorder_seconds += time.perf_counter() - began
 
     def record(self, step: int, seconds: float, learning_rate: float, result: StepResult) -> None:
@@ -127,13 +127,13 @@ class Telemetry:
         self._began_at, self._tokens = step, 0
         for recorder in recorders.values():
             recorder.own_seconds = 0.0
-        self.worker.submit(partial(self._process, taken))
+        self.worker.submit("what is recorded of steps", self._process, taken)
         self._recorder_seconds = time.perf_counter() - began
 
     def write(self, record: dict[str, Any]) -> None:
         """Append a line to metrics.jsonl behind those of all steps so far, and show it; on rank 0."""
         if self.rank == 0:
-            self.worker.submit(partial(self._write_metrics, record))
+            self.worker.submit("what is recorded of evaluations", self._write_metrics, record)
 
     def flush(self) -> None:
         """Wait until all lines so far are on disk."""
@@ -144,16 +144,14 @@ class Telemetry:
 
     def __exit__(self, kind: type[BaseException] | None, *exception: object) -> None:
         """Write what is left, and close files and sinks."""
-        for sink in self.sinks:
-            self.worker.submit(partial(self.worker.attempt, _name(sink), sink.close))
-        for name, file in self.files.items():
-            self.worker.submit(partial(self.worker.attempt, name, file.close))
-        self.worker.close(in_good_order=kind is None)
+        self.worker.close(kind is None, self._close)
 
     # On the thread.
 
     def _process(self, taken: Taken) -> None:
         attempt = self.worker.attempt
+        if self.engine.device.type == "cuda":
+            torch.cuda.set_device(self.engine.device)  # every thread has its own, and begins with the first
         sums, padded = attempt("the collection over ranks", self._sum, taken) or (None, None)
         own_experts = {number: list(layer.own_experts) for number, layer in self.engine.moe_layers.items()}
         own = load_record(self.rank, taken, own_experts, padded)
@@ -177,11 +175,13 @@ class Telemetry:
         names, numbers = loss_names(config), moe_layers(config)
         stage, group_size = layout.num_ranks // layout.pipeline, layout.expert * layout.expert_tensor
         group = self.rank % stage // group_size
-        pads = METHODS[config.routing.method].exact or bool(config.routing.capacity and config.routing.capacity.pad)
+        fixed = METHODS[config.routing.method].exact or bool(config.routing.capacity and config.routing.capacity.pad)
+        pads = fixed and layout.tensor == 1  # a share of the tokens travels without empty rows
         shape_NE = len(numbers), config.moe.num_experts
-        parts = {"pairs": torch.zeros(3, *shape_NE), "bias": torch.zeros(shape_NE), "losses": torch.zeros(len(names))}
-        parts = {name: part.double() for name, part in parts.items()}
-        filled_GNE = torch.zeros(stage // group_size if pads and group_size > 1 else 0, *shape_NE)
+        shapes = {"pairs": (3, *shape_NE), "bias": shape_NE, "losses": (len(names),)}
+        shapes["filled"] = (stage // group_size if pads and group_size > 1 else 0, *shape_NE)
+        parts = {name: torch.zeros(shape, dtype=torch.float64) for name, shape in shapes.items()}
+        filled_GNE = parts["filled"]
         for number, counts in taken.counts.items():
             n = numbers.index(number)
             parts["pairs"][:, n] = counts.pairs_3E.cpu()
@@ -191,7 +191,7 @@ class Telemetry:
                 parts["bias"][n] = taken.biases[number].cpu()
         for place, loss in enumerate(taken.losses):
             parts["losses"][place] = loss.cpu() / layout.tensor  # tensor ranks hold the same tokens
-        total = sum_over_ranks(parts | {"filled": filled_GNE}, self.group)
+        total = sum_over_ranks(parts, self.group)
         padded = {}
         for number, counts in taken.counts.items():
             n, experts = numbers.index(number), list(self.engine.moe_layers[number].own_experts)
@@ -214,6 +214,11 @@ class Telemetry:
         for line in lines:
             self.worker.attempt("alarms.jsonl", self.files["alarms.jsonl"].write, line)
             self.worker.attempt("the screen", self.display.alarm, line)
+
+    def _close(self) -> None:
+        closing = {_name(sink): sink.close for sink in self.sinks} | {name: f.close for name, f in self.files.items()}
+        for name, close in closing.items():
+            self.worker.attempt(name, close)
 
     def _utilisation(self, tokens_per_second: float) -> float | None:
         engine, on_gpu = self.engine, self.engine.device.type == "cuda"

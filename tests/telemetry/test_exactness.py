@@ -61,6 +61,9 @@ CASES = {
     "2 ranks, megatron, tensor 2, expert 2": Case(
         2, Setting(HALVES, 2, tensor=2), (*MEGATRON, EP2, "parallel.tensor=2"), "megatron.core"
     ),
+    "2 ranks, megatron, tensor 2, capacity": Case(
+        2, Setting([0] * EXPERTS, 1, tensor=2), (*MEGATRON, "parallel.tensor=2", PADDED), "megatron.core"
+    ),
     "2 ranks, megatron, 1 and 2 MoE layers": Case(
         2,
         ALONE,
