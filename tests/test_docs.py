@@ -36,14 +36,15 @@ def test_python_blocks_run(code):
 
 
 @pytest.mark.parametrize("words", list(moe_dist_commands()), ids=" ".join)
-def test_commands_are_valid(words, monkeypatch):
+def test_commands_are_valid(words, monkeypatch, tmp_path):
     # `train` means what `config` shows of the same arguments; the training itself is tested elsewhere.
     monkeypatch.chdir(ROOT)
     words = [word for word in words if word != "--resume"]
     if "--output" in words:
         place = words.index("--output")
         del words[place : place + 2]
-    result = CliRunner().invoke(app, ["config", *words[1:]])
+    command = ["compare", "--list", "--output", str(tmp_path)] if words[0] == "compare" else ["config"]
+    result = CliRunner().invoke(app, [*command, *words[1:]])
     assert result.exit_code == 0, result.output
 
 

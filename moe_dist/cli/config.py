@@ -11,6 +11,7 @@ from moe_dist.config import Config, Layout, dump_config, layout_dependence, layo
 from moe_dist.config.layout import layers_of_stage, owner_of_expert
 from moe_dist.config.methods import FEATURES, METHODS
 from moe_dist.config.routing import RoutingConfig
+from moe_dist.config.routing_checks import keys_that_look_ahead
 from moe_dist.config.size import size_of
 from moe_dist.config.support import ENGINES, SUPPORT
 
@@ -109,9 +110,7 @@ def _parameters(config: Config) -> Table:
 
 def _routing(routing: RoutingConfig) -> Table:
     method = METHODS[routing.method]
-    looking_ahead = [] if method.causal else [f"routing.method: {routing.method}"]
-    if routing.capacity is not None and routing.capacity.policy != "position":
-        looking_ahead.append(f"routing.capacity.policy: {routing.capacity.policy}")
+    looking_ahead = keys_that_look_ahead(routing)
     table = _table("Routing", "method", routing.method)
     table.add_row("what it does", method.summary)
     table.add_row("experts of a token", f"{routing.top_k} on average" if method.varies else str(routing.top_k))

@@ -11,6 +11,7 @@ import typer
 from typer.core import TyperGroup
 
 from moe_dist.cli import audit as audit_command
+from moe_dist.cli import compare as compare_command
 from moe_dist.cli import config as config_command
 from moe_dist.cli import report as report_command
 from moe_dist.cli import watch as watch_command
@@ -52,6 +53,7 @@ def _fail(message: str) -> None:
 app = typer.Typer(cls=Commands, add_completion=False, pretty_exceptions_enable=False)
 app.command("config")(config_command.config)
 app.command("audit")(audit_command.audit)
+app.command("compare")(compare_command.compare)
 app.command("report")(report_command.report)
 app.command("watch")(watch_command.watch)
 

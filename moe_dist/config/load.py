@@ -36,7 +36,7 @@ def load_config(path: str | Path, overrides: list[str] | None = None, num_ranks:
     """
     tree = read_yaml(Path(path))
     for override in overrides or []:
-        _apply_override(tree, override)
+        apply_override(tree, override)
     return build_config(tree, num_ranks)
 
 
@@ -82,7 +82,8 @@ def _near_files(path: Path) -> str:
     return f"; {str(folder)!r} holds {', '.join(names)}" if names else ""
 
 
-def _apply_override(tree: dict[str, Any], override: str) -> None:
+def apply_override(tree: dict[str, Any], override: str) -> None:
+    """Set the key of a dotted override `section.key=value`. Raises ConfigError."""
     key, equals, text = override.partition("=")
     if not equals or not all(part.strip() for part in key.split(".")):
         raise ConfigError(f"{override!r}: an override has the form section.key=value, such as parallel.expert=2")
@@ -90,6 +91,11 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
         value = yaml.load(text, _Loader)
     except (yaml.YAMLError, ValueError):
         raise ConfigError(f"{key}: {text!r} is not valid YAML") from None
+    set_key(tree, key, value)
+
+
+def set_key(tree: dict[str, Any], key: str, value: Any) -> None:
+    """Set a dotted key of nested dictionaries, and make the sections above it that are not there."""
     *sections, last = key.strip().split(".")
     for name in sections:
         if not isinstance(tree.get(name), dict):  # absent, or an empty section in the file

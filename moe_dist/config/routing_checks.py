@@ -49,6 +49,14 @@ def features_in_use(routing: RoutingConfig) -> dict[str, str]:
     return used
 
 
+def keys_that_look_ahead(routing: RoutingConfig) -> list[str]:
+    """The keys, with their values, by which the routing of a token depends on later tokens in training."""
+    keys = [] if METHODS[routing.method].causal else [f"routing.method: {routing.method}"]
+    if routing.capacity is not None and routing.capacity.policy != "position":
+        keys.append(f"routing.capacity.policy: {routing.capacity.policy}")
+    return keys
+
+
 def _weights(routing: RoutingConfig) -> Iterator[str]:
     if routing.top_k == 1 and routing.score == "softmax_top_k":
         yield "routing.score: softmax_top_k with routing.top_k = 1 gives a constant weight and no gradient; use softmax"

@@ -60,6 +60,7 @@ class Run:
     exit_code: int | None = None
     stdout: str = ""
     stderr: str = ""
+    timeout: float = TIMEOUT
 
     def go(self, *, until_step: int | None = None, then: Callable[[psutil.Process], None] | None = None) -> "Run":
         """Run to the end; `then` is called with the process when the line of `until_step` is in metrics.jsonl."""
@@ -73,7 +74,7 @@ class Run:
                         time.sleep(0.01)
                     assert process.poll() is None, process.communicate()
                     then(psutil.Process(process.pid))
-                self.stdout, self.stderr = process.communicate(timeout=TIMEOUT)
+                self.stdout, self.stderr = process.communicate(timeout=self.timeout)
             finally:
                 kill_all(process)
         self.exit_code = process.returncode
