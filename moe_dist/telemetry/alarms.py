@@ -21,8 +21,8 @@ from moe_dist.telemetry.rules import Finding, Memory, Rule
 VERSION = 1
 EARLY_STEPS = 200
 """Until then a place that has not settled yet has the early limit: routing is unbalanced before it has learned anything."""
-SETTLING_STEPS = 40
-"""A place has settled once its value has been below the rule's `clear` for so long."""
+SETTLING_STEPS, FIRST_SETTLED = 40, 100
+"""A place has settled once its value has been below the rule's `clear` for so long, and not before that step."""
 
 RULES = (
     Rule(
@@ -163,7 +163,8 @@ class _Place:
             self._steps = rule.early_steps
         if len(self._single) == rule.smooth:
             self._values.append((median(self._single), own["steps"]))
-        if own["step"] >= EARLY_STEPS or max(self._latest(SETTLING_STEPS), default=inf) < rule.clear:
+        is_well = own["step"] >= FIRST_SETTLED and max(self._latest(SETTLING_STEPS), default=inf) < rule.clear
+        if is_well or own["step"] >= EARLY_STEPS:
             self._steps, self.limit, self._is_early = rule.steps, rule.limit, False
 
     def excess(self) -> float:
