@@ -21,8 +21,8 @@ from moe_dist.telemetry.rules import Finding, Memory, Rule
 VERSION = 1
 EARLY_STEPS = 200
 """Until then a place that has not settled yet has the early limit: routing is unbalanced before it has learned anything."""
-SETTLING_STEPS = 40
-"""A place has settled once its value has been below the rule's `clear` for so long."""
+SETTLING_STEPS, FIRST_SETTLED = 40, 100
+"""A place has settled once its value has been below the rule's `clear` for so long, and not before that step."""
 
 RULES = (
     Rule(
@@ -151,20 +151,25 @@ class _Place:
     def __init__(self, rule: Rule) -> None:
         self._rule = rule
         self._single: deque[float] = deque(maxlen=rule.smooth)
-        self._values: deque[tuple[float, int]] = deque(maxlen=max(SETTLING_STEPS, rule.steps))
+        self._values: deque[tuple[float, int]] = deque(maxlen=max(SETTLING_STEPS, rule.steps, rule.early_steps))
+        self._steps, self._is_early = rule.steps, rule.early_limit is not None
         self.limit = rule.limit if rule.early_limit is None else rule.early_limit
 
     def add(self, value: float, own: dict[str, Any]) -> None:
         """Take the value of the interval of this line of load records."""
+        rule, begins = self._rule, not self._single
         self._single.append(value)
-        if len(self._single) == self._rule.smooth:
+        if self._is_early and (value < self.limit or (begins and own["step"] > own["steps"])):
+            self._steps = rule.early_steps
+        if len(self._single) == rule.smooth:
             self._values.append((median(self._single), own["steps"]))
-        if own["step"] >= EARLY_STEPS or max(self._latest(SETTLING_STEPS), default=inf) < self._rule.clear:
-            self.limit = self._rule.limit
+        is_well = own["step"] >= FIRST_SETTLED and max(self._latest(SETTLING_STEPS), default=inf) < rule.clear
+        if is_well or own["step"] >= EARLY_STEPS:
+            self._steps, self.limit, self._is_early = rule.steps, rule.limit, False
 
     def excess(self) -> float:
         """What the value has not been below for as long as the rule asks, over the limit."""
-        return min(self._latest(self._rule.steps), default=-inf) / self.limit
+        return min(self._latest(self._steps), default=-inf) / self.limit
 
     def is_calm(self) -> bool:
         """Whether the value has been below `clear` for as long."""

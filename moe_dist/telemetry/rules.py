@@ -50,6 +50,8 @@ class Rule:
     remedy: str
     early_limit: float | None = None
     """Instead of `limit` where the value has never settled below `clear`, in the first 200 steps. Default: `limit`."""
+    early_steps: int = 100
+    """Instead of `steps` where the early limit counts, unless the value has been above it from the first step of the run."""
     steps: int = 20
     intervals: int = 3
     smooth: int = 1

@@ -153,12 +153,19 @@ def test_unbalanced_early_steps_are_no_collapse_but_the_same_load_later_is() -> 
     ]
 
 
+def test_the_quickstart_gives_one_expert_all_tokens_for_a_while_and_heals() -> None:
+    # Loads of its layer 4 in steps 1 to 120, in percent of the tokens that chose the busiest expert.
+    shares = [68, 98, 99, 100, 100, 100, 100, 99, 98, 94, 84, 57]
+    loads = [{1: [share, *[(200 - share) // 7] * 6, 200 - share - (200 - share) // 7 * 6]} for share in shares]
+    assert judged([interval(n + 1, loads=load) for n, load in enumerate(loads)]) == []
+
+
 @pytest.mark.parametrize("steps", [1, 5, 100])
 def test_the_length_of_an_interval_does_not_matter(steps: int) -> None:
     alarm, fault, _ = FAULTS["one expert takes all"]
     lines = judged([interval(n, steps=steps, **fault) for n in range(1, 400 // steps + 4)])
     assert [line["alarm"] for line in lines] == [alarm]
-    assert lines[0]["step"] <= max(40, 3 * steps)
+    assert lines[0]["step"] <= max(30, 3 * steps)
 
 
 def test_a_resumed_run_does_not_raise_again_what_is_raised() -> None:
@@ -211,6 +218,7 @@ SMALL = [
     "moe.ffn_size=16",
     "training.sequence_length=32",
     "training.steps=80",
+    "training.precision=float32",
     "training.evaluation.interval=null",
     "training.checkpoint.interval=null",
     "telemetry.interval=80",
@@ -223,11 +231,10 @@ SMALL = [
     [
         ([], None, 0, None),
         ([], "raised", 0, ("routing_collapse", 2, 0)),
-        ([], "raised", 40, ("routing_collapse", 2, 0)),
         (["routing.bias.rule=none"], "lowered", 10, ("dead_experts", 2, 0)),
         (["routing.bias.rate=0.5"], None, 0, ("diverging_bias", 1, None)),
     ],
-    ids=["healthy", "raised logits", "raised logits in mid-run", "lowered logits", "bias rate x 100"],
+    ids=["healthy", "raised logits", "lowered logits", "bias rate x 100"],
 )
 def test_alarms_of_a_run(
     overrides: list[str], plant: str | None, from_step: int, expected: Any, tmp_path: Path
