@@ -1,15 +1,13 @@
 """A checkpoint moves between the native and the deepspeed engine, both ways; and DeepSpeed's own checkpoints work."""
 
-import itertools
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
 from tests.engines.test_deepspeed import LAYOUTS, on_deepspeed
 from tests.engines.test_equality import RECIPES, SGD
-from tests.support.continuation import State, differing, go_on
+from tests.support.continuation import State, check_chain, differing
 from tests.support.distributed import run_ranks
 from tests.support.equality import Tree, build_engine, changed, train_step
 
@@ -44,19 +42,7 @@ CHAINS: dict[str, tuple[Tree, list[tuple[int, Tree]]]] = {
 @pytest.mark.parametrize("name", CHAINS)
 def test_a_run_goes_on_from_engine_to_engine(name: str, tmp_path: Path) -> None:
     recipe, links = CHAINS[name]
-    length, checkpoint = 4, None
-    undisturbed = go_on(1, recipe, None, range(length * len(links)), tmp_path / "whole")
-    assert abs(undisturbed.losses[0] - undisturbed.losses[-1]) > 0.1
-    stretches = []
-    for place, (num_ranks, changes) in enumerate(links):
-        steps = range(place * length, (place + 1) * length)
-        stretch = go_on(num_ranks, changed(recipe, changes), checkpoint, steps, tmp_path / str(place))
-        assert stretch.losses == pytest.approx(undisturbed.losses[steps.start : steps.stop], abs=1e-4)
-        assert np.array_equal(stretch.samples, undisturbed.samples[steps.start : steps.stop])
-        stretches.append(stretch)
-        checkpoint = stretch.checkpoint
-    for written, read in itertools.pairwise(stretches):
-        assert differing(read.before, written.after) == []
+    check_chain(recipe, links, 4, tmp_path)
 
 
 # DeepSpeed's own checkpoints.

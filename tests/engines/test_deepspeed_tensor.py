@@ -1,7 +1,6 @@
 """Tensor parallelism on the deepspeed engine trains what the native engine trains, in float32, with CUDA emulated."""
 
 import io
-import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr
 from functools import cache
@@ -26,11 +25,11 @@ from tests.engines.test_deepspeed import (
     on_deepspeed,
     with_a_skipped_step,
 )
-from tests.engines.test_deepspeed_checkpoints import State, differing, gathered, go_on, saved_by_deepspeed
+from tests.engines.test_deepspeed_checkpoints import saved_by_deepspeed
 from tests.engines.test_equality import RECIPES as BASE_RECIPES
-from tests.engines.test_equality import micro_batches_of
+from tests.support.continuation import check_chain
 from tests.support.distributed import run_ranks
-from tests.support.equality import Trace, Tree, build_engine, changed, differences, trace
+from tests.support.equality import Trace, Tree, build_engine, changed, differences, micro_batches_of, trace
 
 if find_spec("megatron") is None:
     pytest.skip("megatron-core is not installed", allow_module_level=True)
@@ -187,17 +186,7 @@ CHAIN = [
 
 
 def test_a_run_goes_on_with_a_cut_model_and_back(tmp_path: Path) -> None:
-    length, checkpoint, recipe = 3, None, RECIPES["adamw"]
-    states: list[tuple[State, State]] = []
-    for place, (num_ranks, changes) in enumerate(CHAIN):
-        steps = range(place * length, (place + 1) * length)
-        results = run_ranks(num_ranks, go_on, changed(recipe, changes), checkpoint, steps, tmp_path / str(place))
-        for losses, *_ in results:
-            assert losses == pytest.approx(reference("adamw").losses[steps.start : steps.stop], abs=1e-4)
-        states.append((gathered([result[1] for result in results]), gathered([result[2] for result in results])))
-        checkpoint = results[0][3]
-    for (_, written), (read, _) in itertools.pairwise(states):
-        assert differing(read, written) == []
+    check_chain(RECIPES["adamw"], CHAIN, 3, tmp_path)
 
 
 @pytest.mark.parametrize("name", ["2 ranks, tensor 2, expert 2, ZeRO 2, recomputed"])

@@ -3,16 +3,18 @@
 Shape letters: G sequences of the global batch, S sequence length.
 """
 
+import itertools
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import pytest
 
 from moe_dist.training.checkpoint import load_checkpoint, save_checkpoint
 from tests.support.distributed import run_ranks
-from tests.support.equality import Tree, build_engine, train_step, whole
+from tests.support.equality import Tree, build_engine, changed, train_step, whole
 
 State = dict[str, npt.NDArray[Any]]
 """Weights, moments, balancer state and the number of updates by global name."""
@@ -40,6 +42,22 @@ def go_on(num_ranks: int, tree: Tree, checkpoint: Path | None, steps: range, fol
     of_rank = dict(of_data_rank)  # ranks that hold the same tokens count once
     samples = [np.concatenate(parts) for parts in zip(*(of_rank[rank] for rank in sorted(of_rank)), strict=True)]
     return Stretch(losses[0], samples, _gathered(befores), _gathered(afters), written[0])
+
+
+def check_chain(recipe: Tree, links: list[tuple[int, Tree]], length: int, folder: Path) -> None:
+    """A run goes on as if undisturbed over stretches of `length` steps, each on its own ranks with its own changes."""
+    undisturbed, checkpoint = go_on(1, recipe, None, range(length * len(links)), folder / "whole"), None
+    assert abs(undisturbed.losses[0] - undisturbed.losses[-1]) > 0.1
+    stretches = []
+    for place, (num_ranks, changes) in enumerate(links):
+        steps = range(place * length, (place + 1) * length)
+        stretch = go_on(num_ranks, changed(recipe, changes), checkpoint, steps, folder / str(place))
+        assert stretch.losses == pytest.approx(undisturbed.losses[steps.start : steps.stop], abs=1e-4)
+        assert np.array_equal(stretch.samples, undisturbed.samples[steps.start : steps.stop])
+        stretches.append(stretch)
+        checkpoint = stretch.checkpoint
+    for written, read in itertools.pairwise(stretches):
+        assert differing(read.before, written.after) == []
 
 
 def differing(actual: State, expected: State) -> list[str]:
