@@ -54,7 +54,7 @@ def stand_in() -> Iterator[None]:
     """On each rank: attention over split sequences in the place of TransformerEngine's, and no check for it."""
     from megatron.core import parallel_state
 
-    from moe_dist.engines import megatron_groups, megatron_model
+    from moe_dist.engines import megatron_model, registry
 
     class Attention(megatron_model.CoreAttention):
         def forward(self, query: Any, key: Any, value: Any, mask: Any, **ignored: Any) -> torch.Tensor:
@@ -64,13 +64,13 @@ def stand_in() -> Iterator[None]:
             mask = torch.cat(chunks)[None] > position[:, None]
             return super().forward(query, _AllRows.apply(key, group), _AllRows.apply(value, group), mask[None, None])
 
-    kept = megatron_groups.check_megatron, megatron_model.core_attention_of
-    megatron_groups.check_megatron = lambda config, device: None  # type: ignore[assignment]
+    kept = registry.check_megatron, megatron_model.core_attention_of
+    registry.check_megatron = lambda config, device: None  # type: ignore[assignment]
     megatron_model.core_attention_of = lambda config: Attention
     try:
         yield
     finally:
-        megatron_groups.check_megatron, megatron_model.core_attention_of = kept
+        registry.check_megatron, megatron_model.core_attention_of = kept
 
 
 @pytest.mark.parametrize("name", LAYOUTS)

@@ -28,7 +28,7 @@ def sharded(engine: Any, is_loading: bool) -> dict[str, Any]:
         "distrib_optim_sharding_type": "fully_reshardable",
         "non_homogeneous_layers": engine.config.model.num_dense_layers > 0,
     }
-    model = engine.model.sharded_state_dict(metadata=dict(metadata))
+    model = engine.models[0].sharded_state_dict(metadata=dict(metadata))
     optimizer = engine.optimizer.sharded_state_dict(model, is_loading=is_loading, metadata=metadata)
     return {"model": model, "optimizer": optimizer}
 
@@ -72,7 +72,7 @@ def save(tree: Tree, folder: Path) -> tuple[State, list[float]]:
 
         with with_children():
             dist_checkpointing.save(sharded(engine, False), str(folder))
-    assert not any(hasattr(module, "expert_bias") for module in engine.model.modules()), (
+    assert not any(hasattr(module, "expert_bias") for module in engine.models[0].modules()), (
         "Megatron would take it for its own"
     )
     state = whole(engine.state())
@@ -86,7 +86,7 @@ def load(tree: Tree, folder: Path) -> tuple[State, list[float]]:
         from megatron.core import dist_checkpointing
 
         state = dist_checkpointing.load(sharded(engine, True), str(folder))
-        engine.model.load_state_dict(state["model"])
+        engine.models[0].load_state_dict(state["model"])
         with as_fused_adam():
             engine.optimizer.load_state_dict(state["optimizer"])
     return whole(engine.state()), [train_step(engine, data, step).loss for step in range(STEPS, 2 * STEPS)]

@@ -175,6 +175,8 @@ def test_a_run_leaves_the_files_that_are_documented(whole: Run) -> None:
         "alarms.jsonl",
         "load/rank_00000.jsonl",
         "load/rank_00001.jsonl",
+        "report.html",
+        "routing.json",
         "summary.json",
     }
     assert sorted(path.name for path in (whole.output / "checkpoints").iterdir()) == ["step_00000028", "step_00000032"]
