@@ -52,7 +52,7 @@ def section(path: Path, title: str) -> list[dict[str, Any]]:
 
 def words(path: Path) -> str:
     """What can be read in the page."""
-    body = re.sub(r"<script.*?</script>|<style.*?</style>", "", path.read_text(), flags=re.DOTALL)
+    body = re.sub(r"<script.*?</script>|<style.*?</style>|<wbr>", "", path.read_text(), flags=re.DOTALL)
     return re.sub(r"\s+", " ", re.sub(r"<[^>]+>", " ", body))
 
 

@@ -120,7 +120,7 @@ def _plot(plot: Plot, section: int, figures: list[dict[str, Any]]) -> str:
 
 
 def _table(table: Table) -> str:
-    head = "".join(f'<th scope="col">{_text(column)}</th>' for column in table.columns)
+    head = "".join(f'<th scope="col">{_breakable(column)}</th>' for column in table.columns)
     rows = "".join(f"<tr>{_cells(table.columns, row)}</tr>" for row in table.rows)
     kind = ' class="stacked"' if len(table.columns) > 2 else ""
     caption = _text(table.caption)
@@ -132,8 +132,13 @@ def _table(table: Table) -> str:
 
 def _cells(columns: list[str], row: list[str]) -> str:
     named = zip(columns[1:], row[1:], strict=True)
-    cells = "".join(f'<td data-column="{_text(name)}">{_text(cell)}</td>' for name, cell in named)
-    return f'<th scope="row">{_text(row[0])}</th>{cells}'
+    cells = "".join(f'<td data-column="{_text(name)}">{_breakable(cell)}</td>' for name, cell in named)
+    return f'<th scope="row">{_breakable(row[0])}</th>{cells}'
+
+
+def _breakable(value: str) -> str:
+    """Keys and paths may break behind their dots, hyphens and strokes, and nowhere else."""
+    return re.sub(r"(?<=[A-Za-z][._/-])(?=[A-Za-z])", "<wbr>", _text(value))
 
 
 def _prose(value: str) -> str:
