@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from moe_dist.training.tracing import Array, Routes, Trace, relative_error
+from moe_dist.training.tracing import Array, Routes, Trace
 
 NEAR = 1e-6
 """Selection scores that are closer than this are all but equal."""
@@ -30,7 +30,7 @@ class Bounds:
 
     loss: float
     gradient: float
-    """Of a parameter, relative to the largest value of its gradient."""
+    """Of a parameter's gradient, the norm of the difference relative to its norm. Single values that nearly cancel say little."""
     norm: float
     """Of the gradient norm, relative to it, or to 1 if it is less."""
     bias: float
@@ -203,10 +203,10 @@ def _tensors(
     found = []
     for name, right in expected.items():
         assert actual[name].shape == right.shape, f"{kind} {name}: {actual[name].shape} should be {right.shape}"
-        largest, error = np.abs(right).max(), np.abs(actual[name] - right).max()
+        norm, error = float(np.linalg.norm(right)), float(np.linalg.norm(actual[name] - right))
         what = f"step {step}: gradient of {name}" if kind == "gradient" else f"initial weight {name}"
-        text = f"{what} is off by {error:.1e}, where its largest is {largest:.1e}"
-        found.append(Difference(kind, step, name, relative_error(actual[name], right), bound, text))
+        text = f"{what} is off by {error:.1e}, where its norm is {norm:.1e}"
+        found.append(Difference(kind, step, name, error / max(norm, 1e-6), bound, text))
     return found
 
 
