@@ -40,8 +40,8 @@ def test_commands_are_valid(words, monkeypatch, tmp_path):
     # `train` means what `config` shows of the same arguments; the training itself is tested elsewhere.
     monkeypatch.chdir(ROOT)
     words = [word for word in words if word != "--resume"]
-    if "--output" in words:
-        place = words.index("--output")
+    for option in {"--output", "--steps"} & set(words):
+        place = words.index(option)
         del words[place : place + 2]
     command = ["compare", "--list", "--output", str(tmp_path)] if words[0] == "compare" else ["config"]
     result = CliRunner().invoke(app, [*command, *words[1:]])
